@@ -1,0 +1,184 @@
+/* libdirtyring, the VMM's side: a guest at a dirtyring service, its maps, and the rings that report its dirty pages.
+ *
+ * A C ABI for C, C++ and Rust; links nothing but libc. Functions that can fail return 0 or a negative errno and leave a
+ * sentence in dirtyring_error(); every errno that the service answers is listed at its request in ring/control.h and
+ * ring/layout.h, what the library adds is listed here. Addresses and lengths are bytes and multiples of 4096.
+ *
+ * Threads: a struct dirtyring belongs to one thread at a time, except where a function says otherwise. Each struct
+ * dirtyring_ring may have a thread of its own; a struct dirtyring_set is used by one thread and uses its rings.
+ *
+ *   struct dirtyring *vm;
+ *   dirtyring_connect("/run/dirtyring.sock", &vm);
+ *   dirtyring_memory_add(vm, 0, size, memfd, 0);
+ *   dirtyring_ioas_alloc(vm, &ioas);
+ *   dirtyring_hwpt_alloc(vm, ioas, &(struct dirtyring_hwpt){.aperture_lg2 = 39}, &hwpt);
+ *   dirtyring_map(vm, ioas, 0, size, 0, DIRTYRING_READ | DIRTYRING_WRITE);
+ *   dirtyring_enable(vm, hwpt);
+ *   dirtyring_set_open(vm, hwpt, &set);
+ *   while (dirtyring_set_peek(set, &batch)) { copy what batch names; dirtyring_set_release(set, &batch); }
+ */
+#ifndef DIRTYRING_H
+#define DIRTYRING_H
+
+#include "ring/layout.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DIRTYRING_API __attribute__((visibility("default")))
+
+struct dirtyring;
+struct dirtyring_ring;
+struct dirtyring_set;
+
+/* ---- the guest -------------------------------------------------------------------------------------------------- */
+
+/* Connects and creates a guest with a command ring of 256 entries. Closing frees the guest and all it has.
+ * -ECONNREFUSED, -ENOENT, -EACCES: as connect(2). -EPROTONOSUPPORT: the service speaks no version of ours.
+ * -ETIMEDOUT: the service did not answer within 10 s. *vm is NULL on failure. */
+DIRTYRING_API int dirtyring_connect(const char *socket_path, struct dirtyring **vm);
+
+/* The same over a connected socket, which is consumed in any case. */
+DIRTYRING_API int dirtyring_connect_fd(int socket, struct dirtyring **vm);
+
+/* Closes; rings and sets opened from vm must be closed before. NULL is allowed. */
+DIRTYRING_API void dirtyring_close(struct dirtyring *vm);
+
+/* One sentence about the last failure of this thread. Never NULL. */
+DIRTYRING_API const char *dirtyring_error(void);
+
+/* 16 bytes which entitle a device to attach to this guest. Valid until dirtyring_close. */
+DIRTYRING_API const uint8_t *dirtyring_token(const struct dirtyring *vm);
+
+/* The socket: readable or hung up means that the service is gone. */
+DIRTYRING_API int dirtyring_socket(const struct dirtyring *vm);
+
+/* Guest memory [oa, oa + length) is at offset of memfd. The descriptor is duplicated for the devices. Before the first device. */
+DIRTYRING_API int dirtyring_memory_add(struct dirtyring *vm, uint64_t oa, uint64_t length, int memfd, uint64_t offset);
+
+/* ---- objects ---------------------------------------------------------------------------------------------------- */
+
+struct dirtyring_hwpt {
+    uint32_t aperture_lg2;    /* IOVA space [0, 2^n), n = 30 to 48; 0: 39 */
+    uint32_t shards;          /* slices, each with a ring; 0: 1 */
+    uint32_t leaf_lg2_max;    /* 12, 21 or 30; 0: 12. A leaf is dirty as a whole */
+    uint32_t space;           /* enum dr_space */
+    uint32_t ring_entries;    /* of each ring; 0: 4096 */
+    uint32_t min_interval_us; /* pacing, see struct dr_hwpt_alloc */
+    uint32_t untracked;       /* 1: no dirty tracking, and any device may attach */
+};
+
+DIRTYRING_API int dirtyring_ioas_alloc(struct dirtyring *vm, uint32_t *ioas);
+DIRTYRING_API int dirtyring_hwpt_alloc(struct dirtyring *vm, uint32_t ioas, const struct dirtyring_hwpt *attr,
+                                       uint32_t *hwpt);
+
+/* Frees an ioas or an hwpt. -EBUSY: an hwpt needs the ioas, or a device the hwpt. */
+DIRTYRING_API int dirtyring_destroy(struct dirtyring *vm, uint32_t object);
+
+/* ---- maps, one by one: submit and wait ---------------------------------------------------------------------------- */
+
+enum dirtyring_map_flags {
+    DIRTYRING_READ = DR_MAP_READ,
+    DIRTYRING_WRITE = DR_MAP_WRITE,
+    DIRTYRING_IDEMPOTENT = DR_MAP_IDEMPOTENT,
+};
+
+/* How an unmap reports what was dirty. */
+enum dirtyring_harvest {
+    DIRTYRING_HARVEST_NOW = 0,                       /* on return the runs can be read */
+    DIRTYRING_HARVEST_DEFERRED = DR_UNMAP_DEFERRED,  /* they can be before the next sync marker */
+    DIRTYRING_HARVEST_DISCARD = DR_UNMAP_DISCARD,    /* never: the memory is going away */
+    DIRTYRING_UNMAP_EMPTY_OK = DR_UNMAP_EMPTY_OK,    /* may be or'ed in: nothing mapped is no error */
+};
+
+/* What an unmap did. */
+struct dirtyring_unmapped {
+    uint64_t done;  /* bytes from iova that are unmapped now */
+    uint64_t epoch; /* in IOVA rings: keep translating with the old map until each ring has passed this marker; 0: none */
+};
+
+/* All of them wait for the service. -ESHUTDOWN: it is gone. -EBUSY: completions of pipelined commands wait to be reaped
+ * and there is no room left. */
+DIRTYRING_API int dirtyring_map(struct dirtyring *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa,
+                                uint32_t flags);
+/* -EAGAIN: a ring is full, result->done bytes are unmapped: release entries of the rings, then unmap the rest.
+ * length UINT64_MAX: to the end of the space. result may be NULL. */
+DIRTYRING_API int dirtyring_unmap(struct dirtyring *vm, uint32_t ioas, uint64_t iova, uint64_t length,
+                                  uint32_t harvest, struct dirtyring_unmapped *result);
+/* On return of enable every DMA that begins is tracked; on return of disable none is. */
+DIRTYRING_API int dirtyring_enable(struct dirtyring *vm, uint32_t hwpt);
+DIRTYRING_API int dirtyring_disable(struct dirtyring *vm, uint32_t hwpt);
+
+/* ---- maps, pipelined ---------------------------------------------------------------------------------------------- */
+
+/* Queues a command; nothing is sent before dirtyring_submit. Commands on overlapping IOVAs take effect in order.
+ * A command behind an unmap that answers -EAGAIN runs nevertheless: link what depends on it by waiting.
+ * -EAGAIN: the queue is full: submit and reap. Any value of user_data. */
+DIRTYRING_API int dirtyring_queue_map(struct dirtyring *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa,
+                                      uint32_t flags, uint64_t user_data);
+DIRTYRING_API int dirtyring_queue_unmap(struct dirtyring *vm, uint32_t ioas, uint64_t iova, uint64_t length,
+                                        uint32_t harvest, uint64_t user_data);
+/* Puts a sync marker with `cookie` (44 bits) into every ring of the hwpt; see dirtyring_set_sync for the usual way. */
+DIRTYRING_API int dirtyring_queue_sync(struct dirtyring *vm, uint32_t hwpt, uint64_t cookie, uint64_t user_data);
+
+/* Hands queued commands to the service. Never blocks. */
+DIRTYRING_API int dirtyring_submit(struct dirtyring *vm);
+
+/* Takes up to `max` completions, returns how many. Never blocks. */
+DIRTYRING_API uint32_t dirtyring_reap(struct dirtyring *vm, struct dr_completion *completions, uint32_t max);
+
+/* Asks for one call when a completion comes; returns true if there is none yet and dirtyring_command_fd may be waited
+ * for (poll, epoll, io_uring; readable; read 8 bytes to reset). */
+DIRTYRING_API bool dirtyring_command_arm(struct dirtyring *vm);
+DIRTYRING_API int dirtyring_command_fd(const struct dirtyring *vm);
+
+/* ---- one ring: a shard of an hwpt --------------------------------------------------------------------------------- */
+
+DIRTYRING_API int dirtyring_ring_open(struct dirtyring *vm, uint32_t hwpt, uint32_t shard,
+                                      struct dirtyring_ring **ring);
+DIRTYRING_API void dirtyring_ring_close(struct dirtyring_ring *ring);
+
+/* Published entries, contiguous and in place: *entries is valid until released. 0: none. Decode with dr_is_marker(),
+ * dr_run_address() and dr_run_length(). */
+DIRTYRING_API uint32_t dirtyring_ring_peek(struct dirtyring_ring *ring, const uint64_t **entries);
+
+/* Gives back the first n entries peeked. Release after the copy: what is not released comes again after a reconnect. */
+DIRTYRING_API void dirtyring_ring_release(struct dirtyring_ring *ring, uint32_t n);
+
+/* Asks for one call when an entry comes; true if there is none yet, and dirtyring_ring_fd may be waited for. */
+DIRTYRING_API bool dirtyring_ring_arm(struct dirtyring_ring *ring);
+DIRTYRING_API int dirtyring_ring_fd(const struct dirtyring_ring *ring);
+
+/* ---- all rings of an hwpt as one ---------------------------------------------------------------------------------- */
+
+struct dirtyring_batch {
+    const uint64_t *entries; /* in place */
+    uint32_t count;          /* >= 1 */
+    uint32_t shard;          /* whose ring */
+};
+
+/* Opens every ring of the hwpt. */
+DIRTYRING_API int dirtyring_set_open(struct dirtyring *vm, uint32_t hwpt, struct dirtyring_set **set);
+DIRTYRING_API void dirtyring_set_close(struct dirtyring_set *set);
+
+/* The entries of the next ring that has some, in turn. false: none has. One batch at a time. */
+DIRTYRING_API bool dirtyring_set_peek(struct dirtyring_set *set, struct dirtyring_batch *batch);
+DIRTYRING_API void dirtyring_set_release(struct dirtyring_set *set, const struct dirtyring_batch *batch);
+
+/* As for a ring. The fd is an epoll of all rings' fds; arming resets those that called. */
+DIRTYRING_API bool dirtyring_set_arm(struct dirtyring_set *set);
+DIRTYRING_API int dirtyring_set_fd(const struct dirtyring_set *set);
+
+/* Starts a sync of the hwpt: whoever has released every entry up to its markers has all whose DMA had completed before this call.
+ * Go on with peek and release until dirtyring_set_synced. One at a time: -EBUSY. */
+DIRTYRING_API int dirtyring_set_sync(struct dirtyring_set *set);
+
+/* 1: the markers of all rings have been released. 0: not yet. Negative: the service refused, or is gone. */
+DIRTYRING_API int dirtyring_set_synced(struct dirtyring_set *set);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

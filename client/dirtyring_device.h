@@ -1,0 +1,78 @@
+/* libdirtyring, the device's side: DMA by IOVA through the hwpt of a guest, setting Access and Dirty as an IOMMU would.
+ *
+ * Functions that can fail return 0 or a negative errno and leave a sentence in dirtyring_error() (client/dirtyring.h).
+ *
+ * Threads: attach and detach from one thread; each struct dirtyring_dma belongs to one thread at a time.
+ *
+ *   struct dirtyring_device *dev;
+ *   dirtyring_device_attach(path, &(struct dirtyring_attach){.token = token, .hwpt = hwpt}, &dev);
+ *   struct dirtyring_dma *dma = dirtyring_device_dma(dev, 0);
+ *   dirtyring_dma_write(dma, iova, data, length, NULL);
+ */
+#ifndef DIRTYRING_DEVICE_H
+#define DIRTYRING_DEVICE_H
+
+#include "client/dirtyring.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct dirtyring_device;
+struct dirtyring_dma;
+
+struct dirtyring_attach {
+    const uint8_t *token; /* 16 bytes, of dirtyring_token */
+    uint32_t hwpt;
+    uint32_t threads;      /* DMA threads; 0: 1; at most 64 */
+    uint32_t cannot_track; /* 1: an IOMMU without Dirty bits; an hwpt that tracks refuses it */
+};
+
+/* Connects, attaches to the hwpt, and maps the guest's memory and the tables. On return every walker knows the device's
+ * cells. Errors of connect(2), of struct dr_device_attach, and of mmap(2). *dev is NULL on failure. */
+DIRTYRING_API int dirtyring_device_attach(const char *socket_path, const struct dirtyring_attach *attach,
+                                          struct dirtyring_device **dev);
+
+/* Detaches and frees. No thread may be in a section: -EBUSY, and the device stays. NULL is allowed. When the service is gone
+ * there is nothing to detach from: frees, returns 0. */
+DIRTYRING_API int dirtyring_device_detach(struct dirtyring_device *dev);
+
+/* The DMA of thread `index`; NULL if there is no such thread. */
+DIRTYRING_API struct dirtyring_dma *dirtyring_device_dma(struct dirtyring_device *dev, uint32_t index);
+
+/* The socket: readable or hung up means that the service is gone. */
+DIRTYRING_API int dirtyring_device_socket(const struct dirtyring_device *dev);
+
+enum dirtyring_fault_reason {
+    DIRTYRING_FAULT_NONE = 0,
+    DIRTYRING_FAULT_NOT_PRESENT = 1, /* no translation */
+    DIRTYRING_FAULT_READ = 2,        /* the map forbids reading */
+    DIRTYRING_FAULT_WRITE = 3,       /* the map forbids writing */
+    DIRTYRING_FAULT_APERTURE = 4,    /* outside the IOVA space */
+    DIRTYRING_FAULT_TABLE = 5,       /* a table entry points outside the tables, as if by a hardware error */
+    DIRTYRING_FAULT_MEMORY = 6,      /* the OA is not in the guest's memory */
+};
+
+struct dirtyring_fault {
+    uint64_t iova; /* of the access that failed, bytes */
+    uint32_t reason;
+    uint32_t write; /* 1: it was a write */
+    uint64_t done;  /* bytes transferred before it */
+};
+
+/* A section: short, for copies. Its runs are published after it ends, and map changes wait for it, so never sleep, wait or
+ * do I/O inside. DMA outside a section makes one of its own, of at most 64 KiB at a time. Sections do not nest. */
+DIRTYRING_API void dirtyring_dma_begin(struct dirtyring_dma *dma);
+DIRTYRING_API void dirtyring_dma_end(struct dirtyring_dma *dma);
+
+/* Copies between data and the guest's memory at [iova, iova + length). -EFAULT: *fault tells (may be NULL). */
+DIRTYRING_API int dirtyring_dma_write(struct dirtyring_dma *dma, uint64_t iova, const void *data, uint64_t length,
+                                      struct dirtyring_fault *fault);
+DIRTYRING_API int dirtyring_dma_read(struct dirtyring_dma *dma, uint64_t iova, void *data, uint64_t length,
+                                     struct dirtyring_fault *fault);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

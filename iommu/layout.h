@@ -1,0 +1,122 @@
+/* The memory that dirtyring shares with devices: page tables, summary, generations, cells. This file is the ABI.
+ *
+ * An hwpt has two regions, a device has one:
+ *
+ *    tables (service rw, devices rw)          translation (service rw, devices ro)     cells (device rw, service reads)
+ *    ┌─────────────────────────────┐          ┌─────────────────────────────┐          ┌───────────────────┐
+ *    │ table bits   1 a table page │          │ header                      │          │ cell of thread 0  │
+ *    │ line words  64 a table page │          │ shard controls              │          │ cell of thread 1  │
+ *    │ table pages  4 KiB each     │          │ generations  1 a region     │          │ …                 │
+ *    └─────────────────────────────┘          └─────────────────────────────┘          └───────────────────┘
+ *
+ * A table is named by its index t; a table entry holds t << 12 where hardware has the next table's address. Tables at the
+ * top, down to the level whose entries are the largest leaves, are built with the hwpt and stay; they come first. Below, each
+ * shard has an index range of its own, so table bits, line words and generations have one owner each:
+ *
+ *    t:   0 ........ top_tables | shard 0: first_table, … | shard 1: first_table, … | …
+ *
+ * The summary of a leaf in table t, entry e: bit e/8 of line word w, and table bit w, where w = t below the top; for a
+ * leaf in a top table (1 GiB), which several shards may share, w = first_table of its shard + (iova − slice start) >>
+ * 39: these first indices of a shard's range have a word but no table page.
+ *
+ * All files are sparse, sealed against resizing, and mapped whole once; a table page exists before an entry points to it.
+ *
+ * The section protocol. D: device thread, W: walker, C: consumer. "sc" is seq_cst.
+ *
+ *   D enter          cell: even → odd                                         store-sc          (S3)
+ *     for each page:
+ *     load           g = generation of the page's region                      load-sc           (S3)
+ *     translate      IOTLB entry if its tag is g; else walk, tag it g
+ *     mark           first write through a clean entry:
+ *                    leaf: A|D, compare-and-swap, only while it is valid      RMW-sc            (S4)
+ *                    line bit, if not yet set                                 load-sc, RMW-sc   (S4)
+ *                    table bit, if not yet set                                load-sc, RMW-sc   (S4)
+ *     data           write the guest's memory                                 plain             (S1)
+ *   D leave          cell: odd → even                                         store-release     (S1)
+ *     ring           if it turned a table bit from 0 to 1: asleep of that shard?  load-sc       (S5)
+ *
+ *   W take           table bits, then line words: exchange with 0             RMW-sc            (S4)
+ *     read           leaves of the lines taken                                load-sc           (S4)
+ *     stage          the runs                                                 (R2 of ring/layout.h)
+ *     clear          D, where it was seen set                                 RMW-sc
+ *     advance        generations of all regions the leaves overlap            RMW-sc            (S3)
+ *     sample         cells, through the list read now                         load-sc           (S3)
+ *     pass           each cell: even, or not the odd value sampled            load-acquire      (S1)
+ *     publish                                                                 (R3 of ring/layout.h)
+ *   C read the runs, copy the guest's memory                                                    (S2)
+ *
+ *   edge  why
+ *   S1    D's leave releases its data; W's pass acquires it
+ *   S2    W's publish releases what its pass acquired; C's load of head acquires it: C copies no older data
+ *   S3    store buffering: D stores cell then loads generation; W advances generation then loads cell. Both sc, so either
+ *         D sees the new generation and walks again (and sets D), or W sees D inside and waits
+ *   S4    store buffering along the chain D-bit, line bit, table bit: D sets in that order and skips what it sees set; W takes in
+ *         the opposite order, then reads. So W reads every D whose bits it took, and a D it missed has its bits set again
+ *   S5    store buffering: D sets the table bit then loads asleep; W sets asleep then looks at the table bits
+ */
+#ifndef DIRTYRING_IOMMU_LAYOUT_H
+#define DIRTYRING_IOMMU_LAYOUT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+#define DR_IOMMU_ASSERT(cond, why) static_assert(cond, why)
+#define DR_IOMMU_ALIGN alignas(128)
+extern "C" {
+#else
+#include <assert.h>
+#define DR_IOMMU_ASSERT(cond, why) _Static_assert(cond, why)
+#define DR_IOMMU_ALIGN _Alignas(128)
+#endif
+
+#define DR_TRANSLATION_MAGIC 0x6e61727474726964ull
+#define DR_TRANSLATION_VERSION 1u
+
+/* 16 MiB: 64 Ki generations a TiB, half a MiB; a larger leaf is invalidated and cached in pieces. */
+#define DR_REGION_LG2 24
+
+struct dr_translation_header {
+    uint64_t magic;
+    uint32_t version;      /* stored last, release */
+    uint32_t format;       /* enum dr_format of ring/control.h */
+    uint32_t aperture_lg2; /* IOVAs below 2^aperture_lg2 */
+    uint32_t slice_lg2;    /* shard of an IOVA: iova >> slice_lg2 */
+    uint32_t shards;
+    uint32_t region_lg2; /* generation of an IOVA: iova >> region_lg2 */
+    uint32_t root;       /* index of the root table */
+    uint32_t root_level; /* levels below the root: 0 would be a root of leaves only */
+    uint64_t top_tables; /* indices below this are top tables */
+    uint64_t tables;     /* all table indices */
+    /* offsets in the tables region, bytes */
+    uint64_t table_bits;
+    uint64_t line_words;
+    uint64_t table_pages;
+    uint64_t tables_size;
+    /* offsets in this region, bytes */
+    uint64_t shard_controls;
+    uint64_t generations;
+    uint64_t translation_size;
+};
+
+struct dr_shard_control {
+    DR_IOMMU_ALIGN uint64_t asleep; /* 1: the walker sleeps: ring the doorbell after setting a table bit (S5) */
+    DR_IOMMU_ALIGN uint64_t tracking; /* 1: set Dirty; loaded at each walk, after the generation */
+    uint64_t first_table;
+};
+
+/* One thread's section counter: odd inside, even outside. Written by that thread only. */
+struct dr_cell {
+    DR_IOMMU_ALIGN uint64_t count;
+};
+
+DR_IOMMU_ASSERT(sizeof(struct dr_translation_header) == 112, "ABI");
+DR_IOMMU_ASSERT(sizeof(struct dr_shard_control) == 256, "ABI");
+DR_IOMMU_ASSERT(offsetof(struct dr_shard_control, tracking) == 128, "ABI");
+DR_IOMMU_ASSERT(sizeof(struct dr_cell) == 128, "ABI");
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,192 @@
+/* The control messages of dirtyring: set-up and descriptors, over a Unix stream socket.
+ *
+ * A message is a header, a payload and descriptors (SCM_RIGHTS, sent with the header's first byte):
+ *
+ *    ┌─────────┬─────────┬─────────┬──────────────────────────────┐
+ *    │ request │ flags   │ size    │ payload: size bytes          │   flags: bits 1..0 version (1), bit 2 reply,
+ *    │  u32    │  u32    │  u32    │ its first u32 is its own size│          bit 3 refusal
+ *    └─────────┴─────────┴─────────┴──────────────────────────────┘
+ *
+ * Framing follows vhost-user; growth follows iommufd: a payload shorter than the receiver's struct is filled up with
+ * zeroes, a longer one must be zero in what the receiver does not know, else E2BIG. Each request gets one reply, with the
+ * request's number and DR_MESSAGE_REPLY; a refusal carries struct dr_refusal instead of the reply's payload.
+ * The first request of a connection is HELLO. A connection is a front-end (after GUEST_CREATE) or a device (after
+ * DEVICE_ATTACH), never both. Descriptors are exactly those listed; more or fewer is EINVAL, and all are closed.
+ *
+ * A front-end's connection is its guest's life: closing it frees the guest.
+ *
+ * Errors that any request may meet: EPROTO (no HELLO yet, or the wrong kind of connection), E2BIG (see above), EINVAL (payload
+ * too short to hold its first fields, wrong number of descriptors), EOPNOTSUPP (unknown request), ENOMEM, EMFILE.
+ */
+#ifndef DIRTYRING_RING_CONTROL_H
+#define DIRTYRING_RING_CONTROL_H
+
+#include "ring/layout.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DR_PROTOCOL_VERSION 1u
+#define DR_MESSAGE_VERSION_MASK 3u
+#define DR_MESSAGE_REPLY (1u << 2)
+#define DR_MESSAGE_REFUSAL (1u << 3)
+#define DR_MESSAGE_MAX 8192u /* bytes of payload */
+#define DR_MESSAGE_FDS_MAX 160u
+
+#define DR_TOKEN_BYTES 16
+#define DR_GUEST_REGIONS_MAX 64u
+#define DR_SHARDS_MAX 64u
+#define DR_DEVICE_THREADS_MAX 64u
+
+/* Features. Both sides offer, both use what both offered. */
+#define DR_FEATURE_SUMMARY (1ull << 0)      /* devices set summary words (iommu/layout.h) */
+#define DR_FEATURE_COMMAND_RING (1ull << 1) /* maps go through the command ring */
+#define DR_FEATURE_OA_SPACE (1ull << 2)     /* rings may name guest-physical addresses */
+#define DR_FEATURES_ALL (DR_FEATURE_SUMMARY | DR_FEATURE_COMMAND_RING | DR_FEATURE_OA_SPACE)
+
+enum dr_request {
+    DR_HELLO = 1,         /* either:    dr_hello          → dr_hello */
+    DR_GUEST_CREATE = 2,  /* front-end: dr_guest_create   → dr_guest, fds: front-end memfd (rw), service memfd (ro),
+                                                            kick eventfd, call eventfd */
+    DR_MEMORY_ADD = 3,    /* front-end: dr_memory_region + fd: memory → dr_empty */
+    DR_IOAS_ALLOC = 4,    /* front-end: dr_empty          → dr_object */
+    DR_HWPT_ALLOC = 5,    /* front-end: dr_hwpt_alloc     → dr_hwpt */
+    DR_RING_GET = 6,      /* front-end: dr_ring_get       → dr_empty, fds: producer region (ro), consumer region (rw),
+                                                            call eventfd, kick eventfd */
+    DR_DESTROY = 7,       /* front-end: dr_object         → dr_empty */
+    DR_DEVICE_ATTACH = 8, /* device:    dr_device_attach  → dr_device, fds: tables (rw), translation (ro), cells (rw),
+                                                            doorbell eventfd of each shard, memory of each region */
+    DR_DEVICE_DETACH = 9, /* device:    dr_empty          → dr_empty */
+};
+
+struct dr_message_header {
+    uint32_t request;
+    uint32_t flags;
+    uint32_t size;
+};
+
+struct dr_empty {
+    uint32_t size;
+};
+
+/* EPROTONOSUPPORT: no common version. */
+struct dr_hello {
+    uint32_t size;
+    uint32_t version; /* request: the newest the sender speaks; reply: the one both use */
+    uint64_t features;
+};
+
+/* EINVAL: command_entries is no power of two within DR_COMMAND_CAPACITY_*. EBUSY: this connection has a guest. */
+struct dr_guest_create {
+    uint32_t size;
+    uint32_t command_entries;
+};
+
+struct dr_guest {
+    uint32_t size;
+    uint32_t command_entries;
+    uint8_t token[DR_TOKEN_BYTES]; /* whoever has it may attach devices; hand it to them out of band */
+};
+
+/* A piece of guest-physical memory. The service passes its descriptor on to devices and never maps it.
+ * EINVAL: not aligned to 4096, empty, or wraps. EEXIST: overlaps another. ENOSPC: DR_GUEST_REGIONS_MAX are there.
+ * EBUSY: a device is attached: memory is added before. EBADF: not a file that can be mapped. */
+struct dr_memory_region {
+    uint32_t size;
+    uint32_t reserved;
+    uint64_t oa;     /* bytes */
+    uint64_t length; /* bytes */
+    uint64_t offset; /* of the piece in the descriptor, bytes */
+};
+
+struct dr_object {
+    uint32_t size;
+    uint32_t id; /* DESTROY: ENOENT: no such object; EBUSY: an ioas with an hwpt, an hwpt with a device */
+};
+
+enum dr_format {
+    DR_FORMAT_AMDV1 = 1, /* AMD I/O Virtualization Technology (IOMMU) Specification, v1 page tables */
+};
+
+#define DR_HWPT_DIRTY_TRACKING (1u << 0) /* as IOMMU_HWPT_ALLOC_DIRTY_TRACKING: refuse devices that cannot */
+
+/* ENOENT: no such ioas. EOPNOTSUPP: format. EINVAL: any other field out of its range. EBUSY: the ioas has an hwpt, or maps
+ * (an hwpt comes before the maps of its ioas). */
+struct dr_hwpt_alloc {
+    uint32_t size;
+    uint32_t ioas;
+    uint32_t format;       /* enum dr_format */
+    uint32_t flags;        /* DR_HWPT_* */
+    uint32_t aperture_lg2; /* the IOVA space is [0, 2^aperture_lg2): 30 to 48 */
+    uint32_t shards;       /* slices of the space, each with a ring: a power of two, each slice >= 1 GiB */
+    uint32_t leaf_lg2_max; /* largest leaf used: 12, 21 or 30; what is dirty is known by leaf */
+    uint32_t space;        /* enum dr_space: what runs name */
+    uint32_t ring_entries; /* of each ring: a power of two, DR_CAPACITY_MIN to DR_CAPACITY_MAX */
+    uint32_t min_interval_us; /* a slice in which something was dirty is not swept again before this many µs;
+                                 0: not before its consumer has released everything */
+};
+
+struct dr_hwpt {
+    uint32_t size;
+    uint32_t id;
+    uint32_t shards;
+    uint32_t slice_lg2; /* shard of an IOVA: iova >> slice_lg2 */
+};
+
+/* ENOENT: no such hwpt or shard. EOPNOTSUPP: no dirty tracking. */
+struct dr_ring_get {
+    uint32_t size;
+    uint32_t hwpt;
+    uint32_t shard;
+};
+
+#define DR_DEVICE_CAN_TRACK (1u << 0) /* its IOMMU sets Dirty bits */
+
+/* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; the hwpt
+ * requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's attach). EBUSY: attached already. ENOSPC:
+ * too many devices. ESRCH: the peer's process cannot be watched. */
+struct dr_device_attach {
+    uint32_t size;
+    uint32_t hwpt;
+    uint32_t flags;   /* DR_DEVICE_* */
+    uint32_t threads; /* DMA threads, each with a cell */
+    uint8_t token[DR_TOKEN_BYTES];
+};
+
+struct dr_device_region {
+    uint64_t oa;
+    uint64_t length;
+    uint64_t offset;
+};
+
+/* DETACH: EBUSY: a thread is inside a section. */
+struct dr_device {
+    uint32_t size;
+    uint32_t id;
+    uint32_t shards;  /* doorbells */
+    uint32_t regions; /* used below */
+    struct dr_device_region region[DR_GUEST_REGIONS_MAX];
+};
+
+#define DR_SENTENCE_BYTES 244
+struct dr_refusal {
+    uint32_t size;
+    int32_t error;                    /* a positive errno */
+    char sentence[DR_SENTENCE_BYTES]; /* what, where, and what was expected; NUL-terminated */
+};
+
+DR_STATIC_ASSERT(sizeof(struct dr_message_header) == 12, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_guest) == 24, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_memory_region) == 32, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 40, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 32, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_device) == 16 + 24 * DR_GUEST_REGIONS_MAX, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_refusal) == 252, "ABI");
+DR_STATIC_ASSERT(3 + DR_SHARDS_MAX + DR_GUEST_REGIONS_MAX <= DR_MESSAGE_FDS_MAX, "an attach reply fits in one message");
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
