@@ -1,0 +1,120 @@
+// The producer's half of a ring: reserve, stage, publish. No system calls, no allocation; one thread.
+//
+// The consumer's region is hostile memory: its words are loaded once, checked, and only the copy is used.
+#pragma once
+
+#include "ring/layout.h"
+
+#include <atomic>
+#include <bit>
+#include <cassert>
+#include <cstdint>
+
+namespace dirtyring::ring {
+
+template <class Entry> class Producer
+{
+  public:
+    // `mine` is writable and carries a whole header; its indices are taken up from there.
+    Producer(dr_ring_producer *mine, dr_ring_consumer *peer)
+        : mine_(mine), peer_(peer), entries_(reinterpret_cast<Entry *>(mine + 1)), capacity_(mine->header.capacity),
+          head_(mine->head), staged_(mine->staged), tail_(head_ - capacity_)
+    {
+        assert(std::has_single_bit(capacity_) && mine->header.entry_size == sizeof(Entry));
+        refresh();
+    }
+
+    [[nodiscard]] std::uint64_t capacity() const { return capacity_; }
+    [[nodiscard]] std::uint64_t staged() const { return staged_; }
+    [[nodiscard]] std::uint64_t head() const { return head_; }
+
+    // Free slots past `staged`.
+    [[nodiscard]] std::uint64_t room()
+    {
+        refresh();
+        return capacity_ - (staged_ - tail_);
+    }
+
+    // True when the consumer has released all that was published.
+    [[nodiscard]] bool released()
+    {
+        refresh();
+        return tail_ == head_;
+    }
+
+    // True once a tail outside [last seen, head] was met; it was ignored.
+    [[nodiscard]] bool peer_broke_rules() const { return broken_; }
+
+    // Writes the slot `ahead` entries past `staged`; ahead < room().
+    void put(std::uint64_t ahead, const Entry &entry) { entries_[(staged_ + ahead) & (capacity_ - 1)] = entry; }
+
+    // Makes the first n slots past `staged` part of what a restart publishes.
+    void stage(std::uint64_t n)
+    {
+        staged_ += n;
+        word(mine_->staged).store(staged_, std::memory_order_release); // R2
+    }
+
+    // Makes all that is staged visible. True: the consumer asked to be called.
+    [[nodiscard]] bool publish()
+    {
+        const std::uint64_t before = head_;
+        head_ = staged_;
+        word(mine_->head).store(head_, std::memory_order_seq_cst);                          // R3, R4
+        const std::uint64_t armed = word(peer_->armed).load(std::memory_order_seq_cst);     // R4
+        return armed - before - 1 < head_ - before;                                         // armed in (before, head]
+    }
+
+    // Asks the consumer for a kick at its next release, or takes the wish back. After asking, look at room() again.
+    void want_kick(bool wanted)
+    {
+        word(mine_->want_kick).store(wanted ? 1 : 0, std::memory_order_seq_cst); // R5
+    }
+
+    // Statistics that the consumer may read.
+    void report_pending(std::uint64_t lines, std::uint64_t full_since_ns)
+    {
+        word(mine_->pending).store(lines, std::memory_order_relaxed);
+        word(mine_->full_since).store(full_since_ns, std::memory_order_relaxed);
+    }
+
+  private:
+    static std::atomic_ref<std::uint64_t> word(std::uint64_t &w) { return std::atomic_ref(w); }
+
+    void refresh()
+    {
+        // R1 and, after want_kick, R5: seq_cst includes the acquire.
+        const std::uint64_t tail = word(peer_->tail).load(std::memory_order_seq_cst);
+        if (tail - tail_ <= head_ - tail_) {
+            tail_ = tail;
+        } else {
+            broken_ = true;
+        }
+    }
+
+    dr_ring_producer *mine_;
+    dr_ring_consumer *peer_;
+    Entry *entries_;
+    std::uint64_t capacity_;
+    std::uint64_t head_;
+    std::uint64_t staged_;
+    std::uint64_t tail_; // last good one; at first the oldest that could be
+    bool broken_ = false;
+};
+
+// Fills in the header of a zeroed producer region; the version comes last (R6).
+inline void make_producer_region(dr_ring_producer *region, dr_ring_header header)
+{
+    header.magic = DR_RING_MAGIC;
+    header.version = 0;
+    region->header = header;
+    std::atomic_ref(region->header.version).store(DR_RING_VERSION, std::memory_order_release); // R6
+}
+
+// Bytes of a producer region, whole pages.
+inline std::uint64_t producer_region_size(std::uint64_t capacity, std::uint64_t entry_size)
+{
+    return (DR_PAGE + capacity * entry_size + DR_PAGE - 1) & ~std::uint64_t{DR_PAGE - 1};
+}
+
+} // namespace dirtyring::ring
