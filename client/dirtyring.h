@@ -15,7 +15,12 @@
  *   dirtyring_map(vm, ioas, 0, size, 0, DIRTYRING_READ | DIRTYRING_WRITE);
  *   dirtyring_enable(vm, hwpt);
  *   dirtyring_set_open(vm, hwpt, &set);
- *   while (dirtyring_set_peek(set, &batch)) { copy what batch names; dirtyring_set_release(set, &batch); }
+ *   while (dirtyring_set_peek(set, &batch)) {
+ *       for (uint32_t i = 0; i < batch.count; i++)
+ *           if (!dr_is_marker(batch.entries[i]))
+ *               copy(dr_run_address(batch.entries[i]), dr_run_length(batch.entries[i]));
+ *       dirtyring_set_release(set, &batch);
+ *   }
  */
 #ifndef DIRTYRING_H
 #define DIRTYRING_H
@@ -51,7 +56,7 @@ DIRTYRING_API const char *dirtyring_error(void);
 /* 16 bytes which entitle a device to attach to this guest. Valid until dirtyring_close. */
 DIRTYRING_API const uint8_t *dirtyring_token(const struct dirtyring *vm);
 
-/* The socket: readable or hung up means that the service is gone. */
+/* The socket: hung up (POLLHUP, POLLRDHUP) means that the service is gone. */
 DIRTYRING_API int dirtyring_socket(const struct dirtyring *vm);
 
 /* Guest memory [oa, oa + length) is at offset of memfd. The descriptor is duplicated for the devices. Before the first device. */
@@ -67,6 +72,8 @@ struct dirtyring_hwpt {
     uint32_t ring_entries;    /* of each ring; 0: 4096 */
     uint32_t min_interval_us; /* pacing, see struct dr_hwpt_alloc */
     uint32_t untracked;       /* 1: no dirty tracking, and any device may attach */
+    uint32_t format;          /* enum dr_format of ring/control.h; 0: AMD v1 */
+    uint32_t reserved[4];     /* zero */
 };
 
 DIRTYRING_API int dirtyring_ioas_alloc(struct dirtyring *vm, uint32_t *ioas);
@@ -95,7 +102,8 @@ enum dirtyring_harvest {
 /* What an unmap did. */
 struct dirtyring_unmapped {
     uint64_t done;  /* bytes from iova that are unmapped now */
-    uint64_t epoch; /* in IOVA rings: keep translating with the old map until each ring has passed this marker; 0: none */
+    uint64_t epoch; /* in IOVA rings: keep translating with the old map until each ring whose slice the range touches has
+                       passed this marker; 0: none */
 };
 
 /* All of them wait for the service. -ESHUTDOWN: it is gone. -EBUSY: completions of pipelined commands wait to be reaped
@@ -128,8 +136,8 @@ DIRTYRING_API int dirtyring_submit(struct dirtyring *vm);
 /* Takes up to `max` completions, returns how many. Never blocks. */
 DIRTYRING_API uint32_t dirtyring_reap(struct dirtyring *vm, struct dr_completion *completions, uint32_t max);
 
-/* Asks for one call when a completion comes; returns true if there is none yet and dirtyring_command_fd may be waited
- * for (poll, epoll, io_uring; readable; read 8 bytes to reset). */
+/* Asks for one call when a completion comes; true if there is none yet, and dirtyring_command_fd may be waited for (poll,
+ * epoll, io_uring; readable). Arming resets the fd: never read it. */
 DIRTYRING_API bool dirtyring_command_arm(struct dirtyring *vm);
 DIRTYRING_API int dirtyring_command_fd(const struct dirtyring *vm);
 
@@ -139,14 +147,15 @@ DIRTYRING_API int dirtyring_ring_open(struct dirtyring *vm, uint32_t hwpt, uint3
                                       struct dirtyring_ring **ring);
 DIRTYRING_API void dirtyring_ring_close(struct dirtyring_ring *ring);
 
-/* Published entries, contiguous and in place: *entries is valid until released. 0: none. Decode with dr_is_marker(),
- * dr_run_address() and dr_run_length(). */
+/* The next published entries, contiguous and in place: *entries is valid until released. 0: none. Peeking again gives those
+ * behind. Decode with dr_is_marker(), dr_run_address() and dr_run_length(). */
 DIRTYRING_API uint32_t dirtyring_ring_peek(struct dirtyring_ring *ring, const uint64_t **entries);
 
-/* Gives back the first n entries peeked. Release after the copy: what is not released comes again after a reconnect. */
+/* Gives back the oldest n entries peeked. Release after the copy: what is not released comes again after a reconnect. */
 DIRTYRING_API void dirtyring_ring_release(struct dirtyring_ring *ring, uint32_t n);
 
-/* Asks for one call when an entry comes; true if there is none yet, and dirtyring_ring_fd may be waited for. */
+/* Asks for one call when an entry comes behind those peeked; true if there is none yet, and dirtyring_ring_fd may be waited
+ * for. Arming resets the fd: never read it. */
 DIRTYRING_API bool dirtyring_ring_arm(struct dirtyring_ring *ring);
 DIRTYRING_API int dirtyring_ring_fd(const struct dirtyring_ring *ring);
 
@@ -162,7 +171,8 @@ struct dirtyring_batch {
 DIRTYRING_API int dirtyring_set_open(struct dirtyring *vm, uint32_t hwpt, struct dirtyring_set **set);
 DIRTYRING_API void dirtyring_set_close(struct dirtyring_set *set);
 
-/* The entries of the next ring that has some, in turn. false: none has. One batch at a time. */
+/* The next entries of the next ring that has some, in turn; markers are among them. false: none has. Batches of one ring are
+ * released in the order in which they were peeked. */
 DIRTYRING_API bool dirtyring_set_peek(struct dirtyring_set *set, struct dirtyring_batch *batch);
 DIRTYRING_API void dirtyring_set_release(struct dirtyring_set *set, const struct dirtyring_batch *batch);
 
@@ -170,7 +180,7 @@ DIRTYRING_API void dirtyring_set_release(struct dirtyring_set *set, const struct
 DIRTYRING_API bool dirtyring_set_arm(struct dirtyring_set *set);
 DIRTYRING_API int dirtyring_set_fd(const struct dirtyring_set *set);
 
-/* Starts a sync of the hwpt: whoever has released every entry up to its markers has all whose DMA had completed before this call.
+/* Starts a sync of the hwpt, from any thread: whoever has released every entry up to its markers has all whose DMA had completed before this call.
  * Go on with peek and release until dirtyring_set_synced. One at a time: -EBUSY. */
 DIRTYRING_API int dirtyring_set_sync(struct dirtyring_set *set);
 

@@ -26,10 +26,11 @@ struct dirtyring_attach {
     uint32_t hwpt;
     uint32_t threads;      /* DMA threads; 0: 1; at most 64 */
     uint32_t cannot_track; /* 1: an IOMMU without Dirty bits; an hwpt that tracks refuses it */
+    uint32_t reserved[4];  /* zero */
 };
 
 /* Connects, attaches to the hwpt, and maps the guest's memory and the tables. On return every walker knows the device's
- * cells. Errors of connect(2), of struct dr_device_attach, and of mmap(2). *dev is NULL on failure. */
+ * cells. DMA is this process's alone: after fork(2) the child has no business here. Errors of connect(2), of struct dr_device_attach, and of mmap(2). *dev is NULL on failure. */
 DIRTYRING_API int dirtyring_device_attach(const char *socket_path, const struct dirtyring_attach *attach,
                                           struct dirtyring_device **dev);
 
@@ -40,7 +41,7 @@ DIRTYRING_API int dirtyring_device_detach(struct dirtyring_device *dev);
 /* The DMA of thread `index`; NULL if there is no such thread. */
 DIRTYRING_API struct dirtyring_dma *dirtyring_device_dma(struct dirtyring_device *dev, uint32_t index);
 
-/* The socket: readable or hung up means that the service is gone. */
+/* The socket: hung up (POLLHUP, POLLRDHUP) means that the service is gone. */
 DIRTYRING_API int dirtyring_device_socket(const struct dirtyring_device *dev);
 
 enum dirtyring_fault_reason {

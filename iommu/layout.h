@@ -9,26 +9,37 @@
  *    │ table pages  4 KiB each     │          │ generations  1 a region     │          │ …                 │
  *    └─────────────────────────────┘          └─────────────────────────────┘          └───────────────────┘
  *
- * A table is named by its index t; a table entry holds t << 12 where hardware has the next table's address. Tables at the
- * top, down to the level whose entries are the largest leaves, are built with the hwpt and stay; they come first. Below, each
- * shard has an index range of its own, so table bits, line words and generations have one owner each:
+ * A table is named by its index t; a table entry holds t << 12 where hardware has the next table's address. The top tables are
+ * those whose entries span 1 GiB or more, whatever leaves are used: they are built with the hwpt, stay, and come first. Below, each
+ * shard has an index range of its own, so table bits, line words and generations have one owner each; first_table is a multiple
+ * of 512, a cache line of table bits:
  *
  *    t:   0 ........ top_tables | shard 0: first_table, … | shard 1: first_table, … | …
  *
- * The summary of a leaf in table t, entry e: bit e/8 of line word w, and table bit w, where w = t below the top; for a
- * leaf in a top table (1 GiB), which several shards may share, w = first_table of its shard + (iova − slice start) >>
- * 39: these first indices of a shard's range have a word but no table page.
+ * The summary of a leaf in table t, entry e: bit e/8 of line word w, and table bit w, where w = t below the top. A top table may
+ * be shared by several shards, so for a leaf in one (1 GiB) w = first_table of its shard + ((iova − slice start) >> 39): these
+ * first indices of a shard's range have a word but no table page.
  *
  * All files are sparse, sealed against resizing, and mapped whole once; a table page exists before an entry points to it.
+ * Every byte not named is zero and ignored.
+ *
+ * The invariant that everything else serves:
+ *
+ *    a leaf with D set  ⇒  its line and table bits are set, or it is in the owner's private pending mask,
+ *                          or the thread that set D is still in its section, or the owner owes a full scan.
+ *
+ * Hence enabling cleans every leaf before it arms, a dead device owes a full scan, and every device must summarize.
  *
  * The section protocol. D: device thread, W: walker, C: consumer. "sc" is seq_cst.
  *
  *   D enter          cell: even → odd                                         store-sc          (S3)
  *     for each page:
  *     load           g = generation of the page's region                      load-sc           (S3)
- *     translate      IOTLB entry if its tag is g; else walk, tag it g
+ *     translate      IOTLB entry if its tag is g; else walk, tag it g         load-sc           (S6)
+ *                    and look whether the shard is tracked                    load-sc           (S7)
  *     mark           first write through a clean entry:
- *                    leaf: A|D, compare-and-swap, only while it is valid      RMW-sc            (S4)
+ *                    leaf: A|D, compare-and-swap, only while it translates
+ *                    as it did at the walk, else walk again                   RMW-sc            (S4)
  *                    line bit, if not yet set                                 load-sc, RMW-sc   (S4)
  *                    table bit, if not yet set                                load-sc, RMW-sc   (S4)
  *     data           write the guest's memory                                 plain             (S1)
@@ -38,7 +49,7 @@
  *   W take           table bits, then line words: exchange with 0             RMW-sc            (S4)
  *     read           leaves of the lines taken                                load-sc           (S4)
  *     stage          the runs                                                 (R2 of ring/layout.h)
- *     clear          D, where it was seen set                                 RMW-sc
+ *     clear          D, where it was seen set; only A can come between        RMW, before the advance
  *     advance        generations of all regions the leaves overlap            RMW-sc            (S3)
  *     sample         cells, through the list read now                         load-sc           (S3)
  *     pass           each cell: even, or not the odd value sampled            load-acquire      (S1)
@@ -53,6 +64,15 @@
  *   S4    store buffering along the chain D-bit, line bit, table bit: D sets in that order and skips what it sees set; W takes in
  *         the opposite order, then reads. So W reads every D whose bits it took, and a D it missed has its bits set again
  *   S5    store buffering: D sets the table bit then loads asleep; W sets asleep then looks at the table bits
+ *   S6    W stores a table or leaf entry with release at least, after the page it names is whole; D loads each level. sc also for a
+ *         second reason: D may find the D that another set, and skip the summary; the other's enter must precede W's sample
+ *   S7    W stores tracking, then advances; D loads the generation, then tracking: who sees the new generation sees it armed
+ *
+ * S1 speaks of ordinary stores: who writes the guest's memory with non-temporal ones fences them before leaving.
+ *
+ * What a hostile device may write, and what comes of it: summary bits of tables and lines that do not exist are masked away; a
+ * cell that stays odd holds up its own guest; entries are reported only where something is mapped; table pointers are never followed
+ * by the service. All of it harms the device's own guest only.
  */
 #ifndef DIRTYRING_IOMMU_LAYOUT_H
 #define DIRTYRING_IOMMU_LAYOUT_H

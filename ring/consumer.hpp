@@ -19,27 +19,29 @@ template <class Entry> class Consumer
     // Continues at `mine->tail`. `capacity` is a power of two.
     Consumer(dr_ring_consumer *mine, dr_ring_producer *peer, std::uint64_t capacity)
         : mine_(mine), peer_(peer), entries_(reinterpret_cast<const Entry *>(peer + 1)), capacity_(capacity),
-          tail_(mine->tail)
+          tail_(mine->tail), peeked_(tail_)
     {
     }
 
-    // Published entries that lie together, in place. They stay until released.
-    [[nodiscard]] std::span<const Entry> peek()
+    // The next published entries, at most `max`, that lie together, in place. They stay until released; peeking again gives
+    // those behind.
+    [[nodiscard]] std::span<const Entry> peek(std::uint64_t max = UINT64_MAX)
     {
         const std::uint64_t head = word(peer_->head).load(std::memory_order_acquire); // R3
-        const std::uint64_t count = head - tail_;
-        if (count > capacity_) {
+        if (head - tail_ > capacity_ || head - tail_ < peeked_ - tail_) {
             broken_ = true;
             return {};
         }
-        const std::uint64_t slot = tail_ & (capacity_ - 1);
-        return {entries_ + slot, std::min(count, capacity_ - slot)};
+        const std::uint64_t slot = peeked_ & (capacity_ - 1);
+        const std::uint64_t count = std::min({head - peeked_, capacity_ - slot, max});
+        peeked_ += count;
+        return {entries_ + slot, count};
     }
 
-    // True once a head outside [tail, tail + capacity] was met; nothing is peeked from such a one.
+    // True once a head outside [peeked, tail + capacity] was met; nothing is peeked from such a one.
     [[nodiscard]] bool peer_broke_rules() const { return broken_; }
 
-    // Gives back the first n entries peeked. True: the producer waits for room and wants to be kicked.
+    // Gives back the oldest n entries peeked. True: the producer waits for room and wants to be kicked.
     [[nodiscard]] bool release(std::uint64_t n)
     {
         tail_ += n;
@@ -47,11 +49,11 @@ template <class Entry> class Consumer
         return word(peer_->want_kick).load(std::memory_order_seq_cst) != 0;    // R5
     }
 
-    // Asks for a call at the next entry. True: there is none yet, so sleep; false: look again.
+    // Asks for a call at the next entry behind those peeked. True: there is none yet, so sleep; false: look again.
     [[nodiscard]] bool arm()
     {
-        word(mine_->armed).store(tail_ + 1, std::memory_order_seq_cst);        // R4
-        return word(peer_->head).load(std::memory_order_seq_cst) == tail_;     // R4
+        word(mine_->armed).store(peeked_ + 1, std::memory_order_seq_cst);        // R4
+        return word(peer_->head).load(std::memory_order_seq_cst) == peeked_;   // R4
     }
 
     // Takes the wish of arm() back. Relaxed: a call too many does no harm.
@@ -67,6 +69,7 @@ template <class Entry> class Consumer
     const Entry *entries_;
     std::uint64_t capacity_;
     std::uint64_t tail_;
+    std::uint64_t peeked_; // in [tail, head]
     bool broken_ = false;
 };
 

@@ -2,18 +2,19 @@
  *
  * A message is a header, a payload and descriptors (SCM_RIGHTS, sent with the header's first byte):
  *
- *    ┌─────────┬─────────┬─────────┬──────────────────────────────┐
- *    │ request │ flags   │ size    │ payload: size bytes          │   flags: bits 1..0 version (1), bit 2 reply,
- *    │  u32    │  u32    │  u32    │ its first u32 is its own size│          bit 3 refusal
- *    └─────────┴─────────┴─────────┴──────────────────────────────┘
+ *    ┌─────────┬─────────┬─────────┬──────────┬──────────────────────────────┐
+ *    │ request │ flags   │ size    │ sequence │ payload: size bytes          │   flags: bits 1..0 version (1), bit 2 reply,
+ *    │  u32    │  u32    │  u32    │   u32    │ its first u32 is its own size│          bit 3 refusal
+ *    └─────────┴─────────┴─────────┴──────────┴──────────────────────────────┘
  *
  * Framing follows vhost-user; growth follows iommufd: a payload shorter than the receiver's struct is filled up with
- * zeroes, a longer one must be zero in what the receiver does not know, else E2BIG. Each request gets one reply, with the
- * request's number and DR_MESSAGE_REPLY; a refusal carries struct dr_refusal instead of the reply's payload.
+ * zeroes; what a request has beyond it must be zero, else E2BIG; what a reply has beyond it is ignored. Each request gets one
+ * reply with its number and sequence and DR_MESSAGE_REPLY; a refusal carries struct dr_refusal instead of the reply's payload.
  * The first request of a connection is HELLO. A connection is a front-end (after GUEST_CREATE) or a device (after
  * DEVICE_ATTACH), never both. Descriptors are exactly those listed; more or fewer is EINVAL, and all are closed.
  *
- * A front-end's connection is its guest's life: closing it frees the guest.
+ * A front-end's connection is its guest's life: closing it frees the guest. A device is the process that connected; its
+ * cells are waited for until it says DETACH or that process is gone, whatever becomes of the connection.
  *
  * Errors that any request may meet: EPROTO (no HELLO yet, or the wrong kind of connection), E2BIG (see above), EINVAL (payload
  * too short to hold its first fields, wrong number of descriptors), EOPNOTSUPP (unknown request), ENOMEM, EMFILE.
@@ -40,10 +41,9 @@ extern "C" {
 #define DR_DEVICE_THREADS_MAX 64u
 
 /* Features. Both sides offer, both use what both offered. */
-#define DR_FEATURE_SUMMARY (1ull << 0)      /* devices set summary words (iommu/layout.h) */
-#define DR_FEATURE_COMMAND_RING (1ull << 1) /* maps go through the command ring */
-#define DR_FEATURE_OA_SPACE (1ull << 2)     /* rings may name guest-physical addresses */
-#define DR_FEATURES_ALL (DR_FEATURE_SUMMARY | DR_FEATURE_COMMAND_RING | DR_FEATURE_OA_SPACE)
+#define DR_FEATURE_SUMMARY (1ull << 0)  /* devices set summary words (iommu/layout.h) */
+#define DR_FEATURE_OA_SPACE (1ull << 1) /* rings may name guest-physical addresses */
+#define DR_FEATURES_ALL (DR_FEATURE_SUMMARY | DR_FEATURE_OA_SPACE)
 
 enum dr_request {
     DR_HELLO = 1,         /* either:    dr_hello          → dr_hello */
@@ -61,9 +61,10 @@ enum dr_request {
 };
 
 struct dr_message_header {
-    uint32_t request;
-    uint32_t flags;
-    uint32_t size;
+    uint32_t request;  /* enum dr_request */
+    uint32_t flags;    /* DR_MESSAGE_* */
+    uint32_t size;     /* of the payload, bytes: 4 to DR_MESSAGE_MAX */
+    uint32_t sequence; /* the sender's; comes back in the reply */
 };
 
 struct dr_empty {
@@ -86,12 +87,13 @@ struct dr_guest_create {
 struct dr_guest {
     uint32_t size;
     uint32_t command_entries;
-    uint8_t token[DR_TOKEN_BYTES]; /* whoever has it may attach devices; hand it to them out of band */
+    uint8_t token[DR_TOKEN_BYTES];  /* whoever has it may attach devices; hand it to them out of band */
+    uint8_t secret[DR_TOKEN_BYTES]; /* whoever has it may take the guest over as its front-end; keep it */
 };
 
 /* A piece of guest-physical memory. The service passes its descriptor on to devices and never maps it.
  * EINVAL: not aligned to 4096, empty, or wraps. EEXIST: overlaps another. ENOSPC: DR_GUEST_REGIONS_MAX are there.
- * EBUSY: a device is attached: memory is added before. EBADF: not a file that can be mapped. */
+ * EBUSY: a device is attached: memory is added before. EBADF: not a memfd, or a file on tmpfs or hugetlbfs. */
 struct dr_memory_region {
     uint32_t size;
     uint32_t reserved;
@@ -145,7 +147,8 @@ struct dr_ring_get {
 
 /* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; the hwpt
  * requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's attach). EBUSY: attached already. ENOSPC:
- * too many devices. ESRCH: the peer's process cannot be watched. */
+ * too many devices. ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the device did not
+ * offer DR_FEATURE_SUMMARY: where it left a leaf dirty, another would not summarize it. */
 struct dr_device_attach {
     uint32_t size;
     uint32_t hwpt;
@@ -176,8 +179,14 @@ struct dr_refusal {
     char sentence[DR_SENTENCE_BYTES]; /* what, where, and what was expected; NUL-terminated */
 };
 
-DR_STATIC_ASSERT(sizeof(struct dr_message_header) == 12, "ABI");
-DR_STATIC_ASSERT(sizeof(struct dr_guest) == 24, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_message_header) == 16, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_empty) == 4, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_object) == 8, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_hello) == 16, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_guest_create) == 8, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_hwpt) == 16, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_ring_get) == 12, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_guest) == 40, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_memory_region) == 32, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 40, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 32, "ABI");

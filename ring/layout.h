@@ -12,7 +12,7 @@
  *    │   256    │ staged  first unstaged    │            │   256    │ reserved, zero           │
  *    │   384    │ want_kick                 │            └──────────┴──────────────────────────┘ 4096
  *    │   512    │ pending, full_since       │
- *    │   640    │ reserved, zero            │       tail          head         staged      tail + capacity
+ *    │   640    │ session                   │       tail          head         staged      tail + capacity
  *    │  4096    │ entries[capacity]         │        ├─ published ─┼── staged ───┼──── room ────┤
  *    └──────────┴───────────────────────────┘        consumer's     crash-safe,    producer's
  *                                                                   not readable
@@ -34,6 +34,17 @@
  *
  * R4 and R5 are the store-buffering shape: all four accesses are seq_cst, and each side looks again after its store.
  * `pending` and `full_since` are statistics: relaxed, they order nothing.
+ *
+ * A walker that waits for its consumer, be it for room or because the slice rests until its runs are taken (pacing), sets
+ * want_kick before it sleeps: any advance of tail ends the wait.
+ *
+ * Every byte not named here is zero and ignored. All words are accessed by lock-free 64-bit atomics, little-endian. What
+ * a hostile peer may write, and what comes of it:
+ *
+ *   tail outside [last seen, head]         ignored: the last good one stands; the peer's own ring fills
+ *   armed, any value                       at most one call a publish
+ *   head of submissions beyond capacity    the command ring is dead: no command is taken any more
+ *   a header in memory that VMMs write     never read: the service keeps capacity and kind to itself
  */
 #ifndef DIRTYRING_RING_LAYOUT_H
 #define DIRTYRING_RING_LAYOUT_H
@@ -41,6 +52,10 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "dirtyring's shared memory is little-endian"
+#endif
 
 #ifdef __cplusplus
 #define DR_STATIC_ASSERT(cond, why) static_assert(cond, why)
@@ -82,17 +97,17 @@ struct dr_ring_header {
     uint32_t space;      /* enum dr_space; dirty rings only, else 0 */
     uint64_t start;      /* dirty rings: the slice of IOVA space that feeds this ring, */
     uint64_t last;       /*   closed interval; else 0 */
-    uint64_t session;    /* dirty rings: differs after each restart of the service; else 0 */
 };
 
 struct dr_ring_producer {
     DR_ALIGNAS(DR_LINE_PAIR) struct dr_ring_header header;
     DR_ALIGNAS(DR_LINE_PAIR) uint64_t head;
     DR_ALIGNAS(DR_LINE_PAIR) uint64_t staged;
-    DR_ALIGNAS(DR_LINE_PAIR) uint64_t want_kick; /* 1: the producer waits for room and asks to be kicked */
+    DR_ALIGNAS(DR_LINE_PAIR) uint64_t want_kick; /* 1: the producer waits for tail to move and asks to be kicked */
     DR_ALIGNAS(DR_LINE_PAIR) uint64_t pending;   /* cache lines of PTEs found dirty and left for want of room */
     uint64_t full_since;                         /* CLOCK_MONOTONIC ns since when the ring has been full; 0: it is not */
-    DR_ALIGNAS(DR_LINE_PAIR) uint8_t reserved[DR_PAGE - 5 * DR_LINE_PAIR];
+    DR_ALIGNAS(DR_LINE_PAIR) uint64_t session; /* dirty rings: changes with each restart of the service, before its first head */
+    DR_ALIGNAS(DR_LINE_PAIR) uint8_t reserved[DR_PAGE - 6 * DR_LINE_PAIR];
     /* entries follow at offset DR_PAGE */
 };
 
@@ -105,7 +120,7 @@ struct dr_ring_consumer {
 /* `armed` of a consumer that does not sleep: no head ever gets there. */
 #define DR_DISARMED UINT64_MAX
 
-DR_STATIC_ASSERT(sizeof(struct dr_ring_header) == 56, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_ring_header) == 48, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_ring_producer) == DR_PAGE, "entries begin on a page of their own");
 DR_STATIC_ASSERT(offsetof(struct dr_ring_producer, head) == 128, "ABI");
 DR_STATIC_ASSERT(offsetof(struct dr_ring_producer, staged) == 256, "ABI");
@@ -133,9 +148,11 @@ DR_STATIC_ASSERT(offsetof(struct dr_ring_consumer, armed) == 128, "ABI");
 #define DR_CAPACITY_MIN 8u      /* the entry of the largest leaf and DR_MARKER_SLOTS, as a power of two */
 #define DR_CAPACITY_MAX (1u << 20)
 
+/* A consumer skips a kind below 128 that it does not know, and takes one from 128 up for ALL_DIRTY. */
 enum dr_marker {
     DR_MARKER_SYNC = 1,      /* payload: cookie. All DMA that completed before the request lies before this */
-    DR_MARKER_EPOCH = 2,     /* payload: epoch. Runs before this mean maps older than it */
+    DR_MARKER_EPOCH = 2,     /* payload: epoch. Runs before this mean maps older than it.
+                              Put into each ring whose slice the unmap touched */
     DR_MARKER_ALL_DIRTY = 3, /* everything mapped in this slice is dirty */
     DR_MARKER_END = 4,       /* nothing follows: the hwpt is gone */
 };
@@ -188,7 +205,9 @@ static inline uint64_t dr_marker_payload(uint64_t entry)
  *    └────────────────────────────────────┘           └────────────────────────────────────┘
  *
  * Both have the same capacity, and the service takes a submission only while a completion slot is free for it. The VMM
- * kicks when a submission reaches the service's `armed`, the service calls when a completion reaches the VMM's.
+ * kicks when a submission reaches the service's `armed`, the service calls when a completion reaches the VMM's; whoever
+ * releases reads the other's want_kick too (R5 in both directions). `staged` means nothing here.
+ * A sync that waits for room in a ring, or for a device, holds up no map.
  */
 #define DR_COMMAND_CONSUMER_OFFSET 0
 #define DR_COMMAND_PRODUCER_OFFSET DR_PAGE
@@ -239,7 +258,8 @@ struct dr_completion {
     int32_t result;    /* 0 or -errno */
     uint32_t reserved; /* zero */
     uint64_t done;     /* unmap: bytes from iova that are gone, holes included */
-    uint64_t epoch;    /* unmap: the epoch whose marker lies behind the runs of this unmap; 0: none was put */
+    uint64_t epoch;    /* unmap, IOVA rings: the epoch (44 bits) whose marker lies, or with DEFERRED will lie, behind the
+                          runs of this unmap; else 0 */
 };
 
 DR_STATIC_ASSERT(sizeof(struct dr_command) == 64, "ABI: a command is a cache line");

@@ -1,0 +1,19 @@
+#!/bin/bash
+# Three live migrations while devices write: two recorded guests, without and with a vIOMMU, and a synthetic hot set.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tests/packages.sh
+
+echo "building…"
+cmake --preset release >/dev/null
+cmake --build --preset release --parallel "$(nproc)" -- --quiet
+
+migrate()
+{
+    echo
+    echo "\$ dirtyring migrate $*"
+    build/release/bin/dirtyring migrate "$@"
+}
+migrate --memory 512M --trace perf/traces/guest-md5sum.trace.gz --speed 10
+migrate --memory 512M --trace perf/traces/guest-md5sum-viommu.trace.gz --speed 10
+migrate --memory 256M --pattern hotset --devices 2 --rate 20000 --seconds 3

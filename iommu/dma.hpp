@@ -1,0 +1,351 @@
+// The hardware's side: one DMA thread of a device, with its IOTLB. No allocation, no system calls; used by one thread.
+//
+// The tables may have been scribbled on by another device of the same guest: every index taken from an entry is checked.
+// The translation region is the service's and read-only, its header was checked by TranslationView::open.
+#pragma once
+
+#include "iommu/fault.hpp"
+#include "iommu/format.hpp"
+#include "iommu/geometry.hpp"
+#include "iommu/section.hpp"
+#include "iommu/summary.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace dirtyring::iommu {
+
+enum class FaultReason : std::uint32_t {
+    none,
+    not_present,
+    read_denied,
+    write_denied,
+    aperture,
+    table,
+    memory,
+};
+
+struct DmaFault {
+    std::uint64_t iova = 0;
+    FaultReason reason = FaultReason::none;
+    bool write = false;
+    std::uint64_t done = 0; // bytes transferred before it
+};
+
+// The guest's memory as this process has it mapped. Filled once, then shared by all threads.
+class GuestMemory
+{
+  public:
+    static constexpr unsigned regions_max = 64;
+
+    // False: no room.
+    bool add(std::uint64_t oa, std::uint64_t length, std::byte *host)
+    {
+        if (count_ == regions_max)
+            return false;
+        regions_[count_++] = {oa, length, host};
+        return true;
+    }
+
+    // nullptr: not all of [oa, oa + length) is in one region.
+    [[nodiscard]] std::byte *find(std::uint64_t oa, std::uint64_t length) const
+    {
+        for (unsigned i = 0; i < count_; ++i) {
+            const Piece &r = regions_[i];
+            if (oa >= r.oa && oa - r.oa < r.length && length <= r.length - (oa - r.oa))
+                return r.host + (oa - r.oa);
+        }
+        return nullptr;
+    }
+
+  private:
+    struct Piece {
+        std::uint64_t oa;
+        std::uint64_t length;
+        std::byte *host;
+    };
+    Piece regions_[regions_max];
+    unsigned count_ = 0;
+};
+
+// An hwpt as a device sees it.
+class TranslationView
+{
+  public:
+    // -EPROTO: the header does not describe regions of these sizes.
+    static int open(const std::byte *translation, std::size_t translation_size, std::byte *tables,
+                    std::size_t tables_size, TranslationView &out)
+    {
+        if (translation_size < sizeof(dr_translation_header))
+            return -EPROTO;
+        dr_translation_header h;
+        std::memcpy(&h, translation, sizeof h);
+        if (h.magic != DR_TRANSLATION_MAGIC || h.version != DR_TRANSLATION_VERSION || h.shards == 0 ||
+            h.aperture_lg2 < aperture_lg2_min || h.aperture_lg2 > aperture_lg2_max || !std::has_single_bit(h.shards) ||
+            h.shards > covering(h.aperture_lg2, largest_leaf_lg2))
+            return -EPROTO;
+        const dr_translation_header expected = make_geometry(h.format, h.aperture_lg2, h.shards);
+        if (std::memcmp(&h, &expected, sizeof h) != 0 || h.tables_size > tables_size ||
+            h.translation_size > translation_size)
+            return -EPROTO;
+        out.h_ = h;
+        out.tables_ = Tables(tables, h);
+        // Read-only memory, and only loaded from; atomic_ref wants a non-const object all the same.
+        auto *base = const_cast<std::byte *>(translation);
+        out.shards_ = reinterpret_cast<dr_shard_control *>(base + h.shard_controls);
+        out.generations_ = reinterpret_cast<std::uint64_t *>(base + h.generations);
+        return 0;
+    }
+
+    [[nodiscard]] const dr_translation_header &header() const { return h_; }
+    [[nodiscard]] const Tables &tables() const { return tables_; }
+    [[nodiscard]] unsigned shard(std::uint64_t iova) const { return static_cast<unsigned>(iova >> h_.slice_lg2); }
+
+    [[nodiscard]] std::uint64_t generation(std::uint64_t iova) const
+    {
+        return std::atomic_ref(generations_[iova >> h_.region_lg2]).load(std::memory_order_seq_cst); // S3
+    }
+
+    // Loaded after the generation it may have changed with: enabling stores tracking, then advances.
+    [[nodiscard]] bool tracking(std::uint64_t iova) const
+    {
+        return std::atomic_ref(shards_[shard(iova)].tracking).load(std::memory_order_seq_cst) != 0;
+    }
+
+    [[nodiscard]] bool asleep(unsigned shard) const
+    {
+        return std::atomic_ref(shards_[shard].asleep).load(std::memory_order_seq_cst) != 0; // S5
+    }
+
+    // The line word that stands for entries of `table`, where `iova` leads.
+    [[nodiscard]] std::uint64_t line_word(std::uint64_t table, std::uint64_t iova) const
+    {
+        if (table >= h_.top_tables)
+            return table;
+        if (fault(Fault::summary_shared))
+            return first_table(h_, 0);
+        const std::uint64_t in_slice = iova & ((1ull << h_.slice_lg2) - 1);
+        return first_table(h_, shard(iova)) + (in_slice >> top_span_lg2);
+    }
+
+  private:
+    dr_translation_header h_{};
+    Tables tables_;
+    dr_shard_control *shards_ = nullptr;
+    std::uint64_t *generations_ = nullptr;
+};
+
+template <Format F> class DmaThread
+{
+  public:
+    DmaThread(const TranslationView &view, const GuestMemory &memory, dr_cell *cell)
+        : view_(view), memory_(memory), section_(cell)
+    {
+    }
+
+    void enter() { section_.enter(); }
+
+    // Bit i: shard i's walker sleeps and must be rung.
+    [[nodiscard]] std::uint64_t leave()
+    {
+        section_.leave();
+        std::uint64_t bells = 0;
+        for (std::uint64_t owed = std::exchange(turned_, 0); owed != 0; owed &= owed - 1) {
+            const auto shard = static_cast<unsigned>(std::countr_zero(owed));
+            if (view_.asleep(shard) && !fault(Fault::no_doorbell))
+                bells |= 1ull << shard;
+        }
+        return bells;
+    }
+
+    [[nodiscard]] bool inside() const { return section_.inside(); }
+
+    // Inside a section. reason == none: all was transferred.
+    DmaFault write(std::uint64_t iova, const void *data, std::uint64_t length)
+    {
+        const auto *from = static_cast<const std::byte *>(data);
+        return transfer(iova, length, true, [&](std::byte *host, std::uint64_t done, std::uint64_t n) {
+            std::memcpy(host, from + done, n);
+        });
+    }
+
+    DmaFault read(std::uint64_t iova, void *data, std::uint64_t length)
+    {
+        auto *to = static_cast<std::byte *>(data);
+        return transfer(iova, length, false, [&](const std::byte *host, std::uint64_t done, std::uint64_t n) {
+            std::memcpy(to + done, host, n);
+        });
+    }
+
+  private:
+    // A translation in pieces of 2^lg2 bytes, never wider than a region.
+    struct Cached {
+        std::uint64_t generation = 0;
+        std::uint64_t piece = ~0ull; // iova >> lg2
+        std::byte *host = nullptr;
+        std::uint64_t *leaf = nullptr;
+        std::uint64_t seen = 0; // the leaf's value
+        std::uint64_t word = 0; // its line word
+        unsigned index = 0;     // its index in its table
+        Rights rights;
+        bool writes_freely = false; // D is set, or nobody tracks
+    };
+
+    static constexpr unsigned small_lg2 = granule_lg2;
+    static constexpr unsigned large_lg2 = entry_lg2(1);
+    static constexpr unsigned small_sets = 1024;
+    static constexpr unsigned large_sets = 64;
+
+    template <class Copy> DmaFault transfer(std::uint64_t iova, std::uint64_t length, bool write, Copy copy)
+    {
+        std::uint64_t done = 0;
+        while (done < length) {
+            const std::uint64_t at = iova + done;
+            std::byte *host = nullptr;
+            std::uint64_t contiguous = 0;
+            if (const FaultReason reason = translate(at, write, host, contiguous); reason != FaultReason::none)
+                return {at, reason, write, done};
+            const std::uint64_t n = std::min(contiguous, length - done);
+            copy(host, done, n);
+            done += n;
+        }
+        return {0, FaultReason::none, write, done};
+    }
+
+    FaultReason translate(std::uint64_t iova, bool write, std::byte *&host, std::uint64_t &contiguous)
+    {
+        if (iova >> view_.header().aperture_lg2 != 0)
+            return FaultReason::aperture;
+        const std::uint64_t generation = view_.generation(iova);
+        Cached &small = small_[(iova >> small_lg2) % small_sets];
+        Cached &large = large_[(iova >> large_lg2) % large_sets];
+        if (small.generation == generation && small.piece == iova >> small_lg2)
+            return use(small, small_lg2, iova, write, host, contiguous);
+        if (fault(Fault::iotlb_across_regions) && large.piece == iova >> large_lg2)
+            return use(large, large_lg2, iova, write, host, contiguous);
+        if (large.generation == generation && large.piece == iova >> large_lg2)
+            return use(large, large_lg2, iova, write, host, contiguous);
+        return walk(iova, write, generation, host, contiguous);
+    }
+
+    FaultReason use(Cached &c, unsigned lg2, std::uint64_t iova, bool write, std::byte *&host,
+                    std::uint64_t &contiguous)
+    {
+        if (write ? !c.rights.write : !c.rights.read)
+            return write ? FaultReason::write_denied : FaultReason::read_denied;
+        if (write && !c.writes_freely) {
+            // The entry keeps its tag: it is only as fresh as its walk.
+            if (!set_accessed(c.leaf, c.seen, true, c.word, c.index, iova))
+                return walk(iova, write, c.generation, host, contiguous);
+            c.writes_freely = true;
+        }
+        const std::uint64_t offset = iova & ((1ull << lg2) - 1);
+        host = c.host + offset;
+        contiguous = (1ull << lg2) - offset;
+        return FaultReason::none;
+    }
+
+    FaultReason walk(std::uint64_t iova, bool write, std::uint64_t generation, std::byte *&host,
+                     std::uint64_t &contiguous)
+    {
+        const dr_translation_header &h = view_.header();
+        Rights rights{true, true};
+        std::uint64_t table = h.root;
+        for (unsigned level = h.root_level;; --level) {
+            std::uint64_t *entry = view_.tables().entries(table) + entry_index(iova, level);
+            std::uint64_t seen = std::atomic_ref(*entry).load(std::memory_order_seq_cst);
+            const Entry e = F::decode(seen, level);
+            rights.read &= e.rights.read;
+            rights.write &= e.rights.write;
+            if (e.kind == EntryKind::none || (e.kind == EntryKind::table && level == 0))
+                return FaultReason::not_present;
+            if (e.kind == EntryKind::table) {
+                if (e.address >= h.tables)
+                    return FaultReason::table;
+                set_accessed(entry, seen, false, 0, 0, iova);
+                table = e.address;
+                continue;
+            }
+            if (level > leaf_level_max)
+                return FaultReason::table;
+            if (write ? !rights.write : !rights.read)
+                return write ? FaultReason::write_denied : FaultReason::read_denied;
+            // Loaded after the generation; enabling advances after the store, so a stale 0 is waited for or walked again.
+            const bool tracking = view_.tracking(iova);
+            const std::uint64_t word = view_.line_word(table, iova);
+            const unsigned index = entry_index(iova, level);
+            if (!set_accessed(entry, seen, write && tracking, word, index, iova))
+                return FaultReason::not_present;
+
+            const std::uint64_t oa = e.address + (iova & ((1ull << entry_lg2(level)) - 1));
+            // A large piece that straddles two regions of memory is cached in small ones.
+            unsigned lg2 = level == 0 ? small_lg2 : large_lg2;
+            std::byte *base = piece_of_memory(oa, lg2);
+            if (base == nullptr && lg2 != small_lg2)
+                base = piece_of_memory(oa, lg2 = small_lg2);
+            if (base == nullptr)
+                return FaultReason::memory;
+            point(Point::device_before_tag);
+            if (fault(Fault::tag_after_walk))
+                generation = view_.generation(iova);
+            Cached &c = lg2 == small_lg2 ? small_[(iova >> lg2) % small_sets] : large_[(iova >> lg2) % large_sets];
+            c = {generation, iova >> lg2, base, entry, seen, word, index, rights, write || !tracking};
+            const std::uint64_t offset = iova & ((1ull << lg2) - 1);
+            host = base + offset;
+            contiguous = (1ull << lg2) - offset;
+            return FaultReason::none;
+        }
+    }
+
+    std::byte *piece_of_memory(std::uint64_t oa, unsigned lg2) const
+    {
+        return memory_.find(oa >> lg2 << lg2, 1ull << lg2);
+    }
+
+    // Sets A, and D if `dirty`, by compare-and-swap on the live entry, as long as it still translates as `seen` does; then
+    // the summary, if it was this call that set D. False: the entry has changed.
+    bool set_accessed(std::uint64_t *entry, std::uint64_t seen, bool dirty, std::uint64_t word, unsigned index,
+                      std::uint64_t iova)
+    {
+        std::atomic_ref live(*entry);
+        std::uint64_t now = live.load(std::memory_order_seq_cst);
+        for (;;) {
+            if (!F::same_translation(now, seen))
+                return false;
+            const std::uint64_t wanted = F::accessed(now, dirty);
+            if (wanted == now)
+                return true;
+            const bool cleans = dirty && !F::dirty(now);
+            if (fault(Fault::summary_without_order) && cleans)
+                summarize(word, index, iova);
+            if (fault(Fault::summary_without_order))
+                point(Point::device_between_dirty_and_summary);
+            if (live.compare_exchange_weak(now, wanted, std::memory_order_seq_cst)) { // S4
+                if (cleans && !fault(Fault::summary_without_order)) {
+                    point(Point::device_between_dirty_and_summary);
+                    summarize(word, index, iova);
+                }
+                return true;
+            }
+        }
+    }
+
+    void summarize(std::uint64_t word, unsigned index, std::uint64_t iova)
+    {
+        if (mark_line(view_.tables(), word, index))
+            turned_ |= 1ull << view_.shard(iova);
+    }
+
+    TranslationView view_;
+    const GuestMemory &memory_;
+    Section section_;
+    std::uint64_t turned_ = 0; // shards whose table bits this section turned
+    Cached small_[small_sets];
+    Cached large_[large_sets];
+};
+
+} // namespace dirtyring::iommu

@@ -1,0 +1,124 @@
+// Where everything of an hwpt lies in its two regions, computed once and published in dr_translation_header.
+#pragma once
+
+#include "iommu/format.hpp"
+#include "iommu/layout.h"
+
+#include <bit>
+#include <cstdint>
+
+namespace dirtyring::iommu {
+
+inline constexpr unsigned table_size_lg2 = 12;
+inline constexpr unsigned aperture_lg2_min = largest_leaf_lg2;
+inline constexpr unsigned aperture_lg2_max = 48;
+static_assert(DR_REGION_LG2 >= entry_lg2(1) && DR_REGION_LG2 <= largest_leaf_lg2);
+
+// Tables from this level up belong to no shard and stay.
+inline constexpr unsigned top_level = leaf_level_max;
+inline constexpr unsigned top_span_lg2 = entry_lg2(top_level + 1); // of a table at top_level: 512 GiB
+
+constexpr std::uint64_t round_up(std::uint64_t n, std::uint64_t to)
+{
+    return (n + to - 1) / to * to;
+}
+
+// How many items of 2^lg2 bytes cover 2^span_lg2 bytes; at least one.
+constexpr std::uint64_t covering(unsigned span_lg2, unsigned lg2)
+{
+    return span_lg2 > lg2 ? 1ull << (span_lg2 - lg2) : 1;
+}
+
+// Summary words of the top tables that a shard needs; they come first in its index range.
+constexpr std::uint64_t top_words(unsigned slice_lg2)
+{
+    return covering(slice_lg2, top_span_lg2);
+}
+
+// Table indices of one shard: every table it could ever have, in whole cache lines of table bits.
+constexpr std::uint64_t shard_tables(unsigned slice_lg2)
+{
+    std::uint64_t n = top_words(slice_lg2);
+    for (unsigned level = 0; level < top_level; ++level)
+        n += covering(slice_lg2, entry_lg2(level + 1));
+    return round_up(n, 512);
+}
+
+constexpr unsigned root_level(unsigned aperture_lg2)
+{
+    unsigned level = top_level;
+    while (entry_lg2(level + 1) < aperture_lg2)
+        ++level;
+    return level;
+}
+
+// Index of the first table at `level` among the top tables; the root is 0.
+constexpr std::uint64_t first_top_table(unsigned aperture_lg2, unsigned level)
+{
+    std::uint64_t index = 0;
+    for (unsigned l = root_level(aperture_lg2); l > level; --l)
+        index += covering(aperture_lg2, entry_lg2(l + 1));
+    return index;
+}
+
+constexpr std::uint64_t first_table(const dr_translation_header &h, unsigned shard)
+{
+    return round_up(h.top_tables, 512) + shard * shard_tables(h.slice_lg2);
+}
+
+// aperture_lg2 within aperture_lg2_min..max, shards a power of two, slices >= the largest leaf.
+constexpr dr_translation_header make_geometry(unsigned format, unsigned aperture_lg2, unsigned shards)
+{
+    constexpr std::uint64_t page = 1u << table_size_lg2;
+    dr_translation_header h{};
+    h.magic = DR_TRANSLATION_MAGIC;
+    h.version = DR_TRANSLATION_VERSION;
+    h.format = format;
+    h.aperture_lg2 = aperture_lg2;
+    h.slice_lg2 = aperture_lg2 - static_cast<unsigned>(std::countr_zero(shards));
+    h.shards = shards;
+    h.region_lg2 = DR_REGION_LG2;
+    h.root = 0;
+    h.root_level = root_level(aperture_lg2);
+    h.top_tables = first_top_table(aperture_lg2, top_level) + covering(aperture_lg2, top_span_lg2);
+    h.tables = first_table(h, shards);
+    h.table_bits = 0;
+    h.line_words = round_up(h.tables / 8, page);
+    h.table_pages = round_up(h.line_words + h.tables * 8, page);
+    h.tables_size = h.table_pages + (h.tables << table_size_lg2);
+    h.shard_controls = page;
+    h.generations = round_up(h.shard_controls + shards * sizeof(dr_shard_control), page);
+    h.translation_size = round_up(h.generations + 8 * covering(aperture_lg2, DR_REGION_LG2), page);
+    return h;
+}
+
+static_assert(make_geometry(1, 39, 1).root_level == 2);
+static_assert(make_geometry(1, 40, 1).root_level == 3);
+static_assert(make_geometry(1, 48, 1).top_tables == 513);
+
+// The tables region as its users see it.
+class Tables
+{
+  public:
+    Tables() = default;
+    Tables(std::byte *base, const dr_translation_header &h)
+        : bits_(reinterpret_cast<std::uint64_t *>(base + h.table_bits)),
+          words_(reinterpret_cast<std::uint64_t *>(base + h.line_words)), pages_(base + h.table_pages)
+    {
+    }
+
+    // 64 table bits, of tables [64 i, 64 i + 64).
+    [[nodiscard]] std::uint64_t &table_bits(std::uint64_t i) const { return bits_[i]; }
+    [[nodiscard]] std::uint64_t &line_word(std::uint64_t t) const { return words_[t]; }
+    [[nodiscard]] std::uint64_t *entries(std::uint64_t t) const
+    {
+        return reinterpret_cast<std::uint64_t *>(pages_ + (t << table_size_lg2));
+    }
+
+  private:
+    std::uint64_t *bits_ = nullptr;
+    std::uint64_t *words_ = nullptr;
+    std::byte *pages_ = nullptr;
+};
+
+} // namespace dirtyring::iommu

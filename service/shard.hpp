@@ -1,0 +1,105 @@
+// A shard: one slice of an hwpt, its ring, and the steps between them. The walker that owns it calls step() in turn with its
+// other shards; nothing here waits, and one call does a bounded piece of work.
+//
+//   sweep    reserve → collect → stage → clear → advance → grace → publish → call
+//   unmap    for each leaf: read → stage if dirty → swap out; then advance → grace → publish → reply
+//   sync     leading grace → one pass of everything → publish → marker → publish
+//
+// At most one batch waits for its grace period. A shard is a template over the format and the interface below hides which.
+#pragma once
+
+#include "iommu/grace.hpp"
+#include "iommu/slice.hpp"
+#include "ring/producer.hpp"
+#include "service/run_writer.hpp"
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <span>
+
+namespace dirtyring::service {
+
+// What is asked of a shard. Stays with the caller, who gets it back through done().
+struct ShardOp {
+    enum class Kind { map, unmap, sync, enable, disable };
+    enum class Harvest { now, deferred, discard };
+
+    virtual void done() = 0; // on the shard's thread; result and reached are set
+
+    Kind kind = Kind::map;
+    Harvest harvest = Harvest::now;
+    iommu::Rights rights;
+    std::uint64_t start = 0; // map, unmap: IOVA, within the slice
+    std::uint64_t end = 0;
+    std::uint64_t oa = 0;     // map
+    std::uint64_t cookie = 0; // sync
+    std::uint64_t epoch = 0;  // unmap: for the marker; 0: none
+
+    int result = 0;            // 0 or -errno
+    std::uint64_t reached = 0; // unmap: everything below is unmapped
+
+  protected:
+    ~ShardOp() = default;
+};
+
+struct ShardCounters {
+    std::uint64_t runs = 0;
+    std::uint64_t pages = 0;   // of 4 KiB
+    std::uint64_t batches = 0; // grace periods begun
+    std::uint64_t calls = 0;
+};
+
+struct ShardConfig {
+    iommu::Tables tables;
+    dr_translation_header geometry;
+    unsigned index = 0;
+    dr_shard_control *control = nullptr;
+    std::uint64_t *generations = nullptr;
+    unsigned leaf_lg2_max = iommu::granule_lg2;
+    dr_ring_producer *producer = nullptr; // with a header; nullptr: no dirty tracking
+    dr_ring_consumer *consumer = nullptr;
+    std::uint64_t min_interval_ns = 0;
+    std::function<int(std::uint64_t offset, std::uint64_t length)> make_present;
+    std::function<void()> call; // the consumer; must not block
+};
+
+// When a walker that sleeps must look at the shard again.
+struct Rest {
+    bool busy = false; // do not sleep
+    std::uint64_t until_ns = UINT64_MAX;
+};
+
+class Shard
+{
+  public:
+    virtual ~Shard() = default;
+
+    // Does a bounded piece of work; true if there was any. `now_ns`: CLOCK_MONOTONIC.
+    virtual bool step(std::uint64_t now_ns) = 0;
+
+    // Queues an operation. Maps, unmaps, enable and disable run in order; a sync covers those before it.
+    virtual void submit(ShardOp &op) = 0;
+
+    // Completes everything queued with -ECANCELED and lets step() do nothing more.
+    virtual void cancel() = 0;
+
+    // Raises the flags that make peers wake the walker, and looks again (R5, S5).
+    virtual Rest prepare_sleep(std::uint64_t now_ns) = 0;
+    virtual void wake() = 0;
+
+    // From here on the threads of a device are waited for.
+    virtual void add_cells(std::span<dr_cell> cells) = 0;
+    // The device has left orderly: its threads are outside and stay there.
+    virtual void remove_cells(std::span<dr_cell> cells) = 0;
+    // The device is dead, perhaps between D and the summary.
+    virtual void bury_cells(std::span<dr_cell> cells) = 0;
+
+    [[nodiscard]] virtual const ShardCounters &counters() const = 0;
+};
+
+// format: enum dr_format.
+std::unique_ptr<Shard> make_shard(unsigned format, ShardConfig config);
+
+} // namespace dirtyring::service

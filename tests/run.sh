@@ -1,0 +1,50 @@
+#!/bin/bash
+# Builds and tests everything: with gcc, with clang, under the sanitizers. The whole suite comes last, so the output
+# ends with its summary.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage()
+{
+    echo "usage: tests/run.sh [--full]    --full: soaks at their full length" >&2
+    exit 2
+}
+case $#:${1-} in
+0:) ;;
+1:--full) export DIRTYRING_FULL=1 ;;
+*) usage ;;
+esac
+
+. tests/packages.sh
+jobs=$(nproc)
+
+step()
+{
+    echo "== $*"
+}
+
+build()
+{
+    step "build: $1"
+    cmake --preset "$1" >/dev/null
+    cmake --build --preset "$1" --parallel "$jobs" -- --quiet
+}
+
+step "format"
+git ls-files -z -co --exclude-standard '*.h' '*.hpp' '*.c' '*.cpp' | xargs -0 clang-format --dry-run -Werror
+
+build dev
+build clang
+
+# A test may spin on two cores. TSan of gcc 12 does not start where the kernel randomises more than 28 bits of addresses.
+tests_at_once=$((jobs > 1 ? jobs / 2 : 1))
+fixed_addresses=()
+! setarch -R true 2>/dev/null || fixed_addresses=(setarch -R)
+for preset in tsan asan-ubsan; do
+    build $preset
+    step "test: $preset"
+    "${fixed_addresses[@]}" ctest --preset $preset --parallel $tests_at_once
+done
+
+step "test: dev"
+ctest --preset dev --parallel $tests_at_once
