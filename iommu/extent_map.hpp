@@ -80,7 +80,10 @@ class ExtentMap
     };
     using Map = std::map<std::uint64_t, Rest>;
 
-    static Extent extent(Map::const_iterator it) { return {it->first, it->second.end, it->second.oa, it->second.rights}; }
+    static Extent extent(Map::const_iterator it)
+    {
+        return {it->first, it->second.end, it->second.oa, it->second.rights};
+    }
 
     // The first extent that ends after `at`.
     [[nodiscard]] Map::const_iterator reaching(std::uint64_t at) const

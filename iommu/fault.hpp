@@ -12,27 +12,27 @@ namespace dirtyring {
 enum class Fault {
     none,
     // device
-    tag_after_walk,          // the IOTLB tag is loaded after the walk
-    iotlb_across_regions,    // an IOTLB entry of a large leaf spans regions
-    section_without_order,   // entering a section is a release store
-    leave_relaxed,           // leaving a section releases nothing
-    summary_without_order,   // the summary is set before D
-    summary_shared,          // 1 GiB leaves of all shards share summary words
-    no_doorbell,             // a sleeping walker is not rung
+    tag_after_walk,        // the IOTLB tag is loaded after the walk
+    iotlb_across_regions,  // an IOTLB entry of a large leaf spans regions
+    section_without_order, // entering a section is a release store
+    leave_relaxed,         // leaving a section releases nothing
+    summary_without_order, // the summary is set before D
+    summary_shared,        // 1 GiB leaves of all shards share summary words
+    no_doorbell,           // a sleeping walker is not rung
     // walker
-    no_grace,                // publish at once
-    publish_before_advance,  // publish, then invalidate
-    advance_plain,           // generations are advanced by load and store
-    sample_before_advance,   // cells are sampled, then generations advanced
-    no_leading_grace,        // a sync's pass begins at once
-    unmap_without_grace,     // an unmap replies at once
-    unmap_waits_for_room,    // an unmap waits for its consumer instead of answering AGAIN
-    enable_without_advance,  // enabling tracking leaves the IOTLBs alone
-    no_full_scan_on_death,   // a dead device's half-made summary is trusted
-    detach_stopped,          // a live device's cells are dropped by force
-    no_want_kick,            // the walker sleeps before a full ring without asking for a kick
-    no_second_look,          // the walker sleeps without looking again after setting its flag
-    arm_without_look,        // the producer publishes without looking at the event index
+    no_grace,               // publish at once
+    publish_before_advance, // publish, then invalidate
+    advance_plain,          // generations are advanced by load and store
+    sample_before_advance,  // cells are sampled, then generations advanced
+    no_leading_grace,       // a sync's pass begins at once
+    unmap_without_grace,    // an unmap replies at once
+    unmap_waits_for_room,   // an unmap waits for its consumer instead of answering AGAIN
+    enable_without_advance, // enabling tracking leaves the IOTLBs alone
+    no_full_scan_on_death,  // a dead device's half-made summary is trusted
+    detach_stopped,         // a live device's cells are dropped by force
+    no_want_kick,           // the walker sleeps before a full ring without asking for a kick
+    no_second_look,         // the walker sleeps without looking again after setting its flag
+    arm_without_look,       // the producer publishes without looking at the event index
 };
 
 #if DIRTYRING_FAULTS

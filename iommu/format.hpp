@@ -42,9 +42,11 @@ struct Entry {
     Rights rights;             // tables: ANDed over the levels
 };
 
+// Version 14 does not know how to break a concept.
+// clang-format off
 template <class F>
 concept Format = requires(std::uint64_t entry, unsigned level, Rights rights, bool dirty) {
-    { F::leaf(entry, level, rights) } -> std::same_as<std::uint64_t>;  // of an OA
+    { F::leaf(entry, level, rights) } -> std::same_as<std::uint64_t>; // of an OA
     { F::table(entry, level) } -> std::same_as<std::uint64_t>;        // of a table index; level of the table named
     { F::decode(entry, level) } -> std::same_as<Entry>;
     { F::accessed(entry, dirty) } -> std::same_as<std::uint64_t>;     // with A, and D if `dirty`
@@ -52,5 +54,6 @@ concept Format = requires(std::uint64_t entry, unsigned level, Rights rights, bo
     { F::same_translation(entry, entry) } -> std::same_as<bool>;      // but for A and D
     { F::dirty_bit } -> std::convertible_to<std::uint64_t>;           // what a clean leaf lacks
 };
+// clang-format on
 
 } // namespace dirtyring::iommu

@@ -120,7 +120,7 @@ struct dr_translation_header {
 };
 
 struct dr_shard_control {
-    DR_IOMMU_ALIGN uint64_t asleep; /* 1: the walker sleeps: ring the doorbell after setting a table bit (S5) */
+    DR_IOMMU_ALIGN uint64_t asleep;   /* 1: the walker sleeps: ring the doorbell after setting a table bit (S5) */
     DR_IOMMU_ALIGN uint64_t tracking; /* 1: set Dirty; loaded at each walk, after the generation */
     uint64_t first_table;
 };

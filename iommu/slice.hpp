@@ -27,9 +27,9 @@ namespace dirtyring::iommu {
 // 8 entries that share a cache line and a summary bit.
 struct Line {
     std::uint64_t *entries;
-    std::uint64_t iova;    // of entries[0]
-    unsigned leaf_lg2;     // what each leaf in it maps
-    std::uint8_t leaves;   // which entries can be leaves
+    std::uint64_t iova;  // of entries[0]
+    unsigned leaf_lg2;   // what each leaf in it maps
+    std::uint8_t leaves; // which entries can be leaves
     std::uint32_t node;
     unsigned number; // of the line in its table
 };
@@ -113,8 +113,8 @@ template <Format F> class Slice
             const unsigned index = entry_index(iova, level);
             const std::uint32_t child = level > 0 ? children_[nodes_[number].children][index] : leaf_child;
             if (child == leaf_child)
-                return {entries(number) + index, iova >> entry_lg2(level) << entry_lg2(level),
-                        1ull << entry_lg2(level), number, index};
+                return {entries(number) + index, iova >> entry_lg2(level) << entry_lg2(level), 1ull << entry_lg2(level),
+                        number, index};
             assert(child != no_child);
             number = child;
             --level;
@@ -181,7 +181,8 @@ template <Format F> class Slice
     [[nodiscard]] bool any_table_bit() const
     {
         for (std::uint64_t i = 0; i < bit_words(); ++i) {
-            const std::uint64_t bits = std::atomic_ref(tables_.table_bits(first_table_ / 64 + i)).load(std::memory_order_seq_cst);
+            const std::uint64_t bits =
+                std::atomic_ref(tables_.table_bits(first_table_ / 64 + i)).load(std::memory_order_seq_cst);
             if ((bits & existing_tables(i)) != 0)
                 return true;
         }
@@ -208,8 +209,12 @@ template <Format F> class Slice
                     leaves = static_cast<std::uint8_t>(leaves | 1u << i);
             }
         }
-        return {entries(number) + first, node.base + (std::uint64_t{first} << entry_lg2(node.level)),
-                entry_lg2(node.level), leaves, number, line};
+        return {entries(number) + first,
+                node.base + (std::uint64_t{first} << entry_lg2(node.level)),
+                entry_lg2(node.level),
+                leaves,
+                number,
+                line};
     }
 
     // Which leaves of the line are dirty. After its summary bit was taken (S4).
@@ -229,7 +234,6 @@ template <Format F> class Slice
         for (; mask != 0; mask &= mask - 1)
             std::atomic_ref(line.entries[std::countr_zero(mask)]).fetch_and(~F::dirty_bit, std::memory_order_seq_cst);
     }
-
 
   private:
     static constexpr std::uint32_t no_child = 0xffff'ffff;

@@ -45,15 +45,15 @@ template <class Entry> class Consumer
     [[nodiscard]] bool release(std::uint64_t n)
     {
         tail_ += n;
-        word(mine_->tail).store(tail_, std::memory_order_seq_cst);             // R1, R5
-        return word(peer_->want_kick).load(std::memory_order_seq_cst) != 0;    // R5
+        word(mine_->tail).store(tail_, std::memory_order_seq_cst);          // R1, R5
+        return word(peer_->want_kick).load(std::memory_order_seq_cst) != 0; // R5
     }
 
     // Asks for a call at the next entry behind those peeked. True: there is none yet, so sleep; false: look again.
     [[nodiscard]] bool arm()
     {
-        word(mine_->armed).store(peeked_ + 1, std::memory_order_seq_cst);        // R4
-        return word(peer_->head).load(std::memory_order_seq_cst) == peeked_;   // R4
+        word(mine_->armed).store(peeked_ + 1, std::memory_order_seq_cst);    // R4
+        return word(peer_->head).load(std::memory_order_seq_cst) == peeked_; // R4
     }
 
     // Takes the wish of arm() back. Relaxed: a call too many does no harm.

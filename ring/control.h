@@ -118,13 +118,13 @@ enum dr_format {
 struct dr_hwpt_alloc {
     uint32_t size;
     uint32_t ioas;
-    uint32_t format;       /* enum dr_format */
-    uint32_t flags;        /* DR_HWPT_* */
-    uint32_t aperture_lg2; /* the IOVA space is [0, 2^aperture_lg2): 30 to 48 */
-    uint32_t shards;       /* slices of the space, each with a ring: a power of two, each slice >= 1 GiB */
-    uint32_t leaf_lg2_max; /* largest leaf used: 12, 21 or 30; what is dirty is known by leaf */
-    uint32_t space;        /* enum dr_space: what runs name */
-    uint32_t ring_entries; /* of each ring: a power of two, DR_CAPACITY_MIN to DR_CAPACITY_MAX */
+    uint32_t format;          /* enum dr_format */
+    uint32_t flags;           /* DR_HWPT_* */
+    uint32_t aperture_lg2;    /* the IOVA space is [0, 2^aperture_lg2): 30 to 48 */
+    uint32_t shards;          /* slices of the space, each with a ring: a power of two, each slice >= 1 GiB */
+    uint32_t leaf_lg2_max;    /* largest leaf used: 12, 21 or 30; what is dirty is known by leaf */
+    uint32_t space;           /* enum dr_space: what runs name */
+    uint32_t ring_entries;    /* of each ring: a power of two, DR_CAPACITY_MIN to DR_CAPACITY_MAX */
     uint32_t min_interval_us; /* a slice in which something was dirty is not swept again before this many µs;
                                  0: not before its consumer has released everything */
 };

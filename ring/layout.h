@@ -105,8 +105,8 @@ struct dr_ring_producer {
     DR_ALIGNAS(DR_LINE_PAIR) uint64_t staged;
     DR_ALIGNAS(DR_LINE_PAIR) uint64_t want_kick; /* 1: the producer waits for tail to move and asks to be kicked */
     DR_ALIGNAS(DR_LINE_PAIR) uint64_t pending;   /* cache lines of PTEs found dirty and left for want of room */
-    uint64_t full_since;                         /* CLOCK_MONOTONIC ns since when the ring has been full; 0: it is not */
-    DR_ALIGNAS(DR_LINE_PAIR) uint64_t session; /* dirty rings: changes with each restart of the service, before its first head */
+    uint64_t full_since;                       /* CLOCK_MONOTONIC ns since when the ring has been full; 0: it is not */
+    DR_ALIGNAS(DR_LINE_PAIR) uint64_t session; /* dirty rings: another after each restart of the service */
     DR_ALIGNAS(DR_LINE_PAIR) uint8_t reserved[DR_PAGE - 6 * DR_LINE_PAIR];
     /* entries follow at offset DR_PAGE */
 };
@@ -141,11 +141,11 @@ DR_STATIC_ASSERT(offsetof(struct dr_ring_consumer, armed) == 128, "ABI");
  *   └────────────────────────────────┴───────────┴──┴─────────────┘
  */
 #define DR_PAGE_LG2 12
-#define DR_LARGE_UNIT_LG2 9     /* u = 1: 512 pages */
-#define DR_RUN_MAX 2047u        /* units in one run */
-#define DR_PAYLOAD_BITS 44      /* sync cookies and epochs are taken modulo 2^44 */
-#define DR_MARKER_SLOTS 4u      /* slots that runs never take */
-#define DR_CAPACITY_MIN 8u      /* the entry of the largest leaf and DR_MARKER_SLOTS, as a power of two */
+#define DR_LARGE_UNIT_LG2 9 /* u = 1: 512 pages */
+#define DR_RUN_MAX 2047u    /* units in one run */
+#define DR_PAYLOAD_BITS 44  /* sync cookies and epochs are taken modulo 2^44 */
+#define DR_MARKER_SLOTS 4u  /* slots that runs never take */
+#define DR_CAPACITY_MIN 8u  /* the entry of the largest leaf and DR_MARKER_SLOTS, as a power of two */
 #define DR_CAPACITY_MAX (1u << 20)
 
 /* A consumer skips a kind below 128 that it does not know, and takes one from 128 up for ALL_DIRTY. */
@@ -225,10 +225,10 @@ enum dr_opcode {
 enum dr_command_flags {
     DR_MAP_READ = 1 << 0,
     DR_MAP_WRITE = 1 << 1,
-    DR_MAP_IDEMPOTENT = 1 << 2,    /* what is mapped to the same OA with the same rights is no error */
-    DR_UNMAP_EMPTY_OK = 1 << 3,    /* unmapping where nothing is mapped is no error */
-    DR_UNMAP_DEFERRED = 1 << 4,    /* complete after the grace period; runs come before the next sync marker */
-    DR_UNMAP_DISCARD = 1 << 5,     /* do not report: the memory is going away */
+    DR_MAP_IDEMPOTENT = 1 << 2, /* what is mapped to the same OA with the same rights is no error */
+    DR_UNMAP_EMPTY_OK = 1 << 3, /* unmapping where nothing is mapped is no error */
+    DR_UNMAP_DEFERRED = 1 << 4, /* complete after the grace period; runs come before the next sync marker */
+    DR_UNMAP_DISCARD = 1 << 5,  /* do not report: the memory is going away */
 };
 
 /* Completes with 0 or a negative errno:
@@ -258,8 +258,8 @@ struct dr_completion {
     int32_t result;    /* 0 or -errno */
     uint32_t reserved; /* zero */
     uint64_t done;     /* unmap: bytes from iova that are gone, holes included */
-    uint64_t epoch;    /* unmap, IOVA rings: the epoch (44 bits) whose marker lies, or with DEFERRED will lie, behind the
-                          runs of this unmap; else 0 */
+    uint64_t epoch;    /* unmap, IOVA rings: the epoch (44 bits) whose marker lies, or with DEFERRED will lie,
+                          behind the runs of this unmap; else 0 */
 };
 
 DR_STATIC_ASSERT(sizeof(struct dr_command) == 64, "ABI: a command is a cache line");

@@ -60,9 +60,9 @@ template <class Entry> class Producer
     {
         const std::uint64_t before = head_;
         head_ = staged_;
-        word(mine_->head).store(head_, std::memory_order_seq_cst);                          // R3, R4
-        const std::uint64_t armed = word(peer_->armed).load(std::memory_order_seq_cst);     // R4
-        return armed - before - 1 < head_ - before;                                         // armed in (before, head]
+        word(mine_->head).store(head_, std::memory_order_seq_cst);                      // R3, R4
+        const std::uint64_t armed = word(peer_->armed).load(std::memory_order_seq_cst); // R4
+        return armed - before - 1 < head_ - before;                                     // armed in (before, head]
     }
 
     // Asks the consumer for a kick at its next release, or takes the wish back. After asking, look at room() again.

@@ -44,8 +44,7 @@ class Mapping
 {
   public:
     Mapping() = default;
-    Mapping(Mapping &&other) noexcept
-        : base_(std::exchange(other.base_, nullptr)), size_(std::exchange(other.size_, 0))
+    Mapping(Mapping &&other) noexcept : base_(std::exchange(other.base_, nullptr)), size_(std::exchange(other.size_, 0))
     {
     }
     Mapping &operator=(Mapping &&other) noexcept

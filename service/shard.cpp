@@ -57,7 +57,9 @@ template <iommu::Format F> class ShardOf final : public Shard
     void submit(ShardOp &op) override
     {
         op.reached = op.start;
-        if (op.kind == ShardOp::Kind::sync)
+        if (cancelled_)
+            complete(op, -ECANCELED);
+        else if (op.kind == ShardOp::Kind::sync)
             syncs_.push_back({&op, accepted_, SyncPhase::lead});
         else {
             ops_.push_back(&op);

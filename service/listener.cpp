@@ -1,0 +1,71 @@
+#include "service/listener.hpp"
+
+#include <fmt/format.h>
+
+#include <cerrno>
+#include <cstring>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+namespace dirtyring::service {
+
+namespace {
+
+tl::unexpected<std::string> failed(const std::string &path, std::string_view why)
+{
+    return tl::unexpected(fmt::format("cannot listen on {}: {}", path, why));
+}
+
+} // namespace
+
+tl::expected<Listener, std::string> Listener::open(const std::string &path)
+{
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    if (path.empty() || path.size() >= sizeof address.sun_path)
+        return failed(path, fmt::format("a socket path has 1 to {} bytes, this one {}", sizeof address.sun_path - 1,
+                                        path.size()));
+    path.copy(address.sun_path, path.size());
+    const auto *at = reinterpret_cast<const sockaddr *>(&address);
+
+    ring::Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    if (!fd)
+        return failed(path, std::strerror(errno));
+    struct stat there {
+    };
+    if (::lstat(path.c_str(), &there) == 0) {
+        if (!S_ISSOCK(there.st_mode))
+            return failed(path, "something else than a socket is there");
+        ring::Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        if (::connect(probe.get(), at, sizeof address) == 0)
+            return failed(path, "another service is listening there");
+        if (errno != ECONNREFUSED)
+            return failed(path, std::strerror(errno));
+        if (::unlink(path.c_str()) != 0)
+            return failed(path, fmt::format("the socket left over there cannot be removed: {}", std::strerror(errno)));
+    }
+    if (::bind(fd.get(), at, sizeof address) != 0 || ::listen(fd.get(), 64) != 0 || ::lstat(path.c_str(), &there) != 0)
+        return failed(path, std::strerror(errno));
+    return Listener(std::move(fd), path, there.st_dev, there.st_ino);
+}
+
+tl::expected<Listener, std::string> Listener::inherit(int fd)
+{
+    int type = 0;
+    socklen_t size = sizeof type;
+    if (::getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) != 0 || type != SOCK_STREAM)
+        return tl::unexpected(fmt::format("--fd {} is not a stream socket", fd));
+    return Listener(ring::Fd(fd), {}, 0, 0);
+}
+
+Listener::~Listener()
+{
+    struct stat there {
+    };
+    if (!path_.empty() && ::lstat(path_.c_str(), &there) == 0 && there.st_dev == device_ && there.st_ino == inode_)
+        ::unlink(path_.c_str());
+}
+
+} // namespace dirtyring::service

@@ -1,0 +1,69 @@
+// A walker: an agent on one lcore that owns shards and polls the command rings of the guests whose home it is.
+//
+// do_work() goes once round everything it has and never waits. When a while has brought nothing it climbs down the idle ladder:
+// spin with pauses, then sleep until a peer rings, a task comes, or a shard's time is up.
+#pragma once
+
+#include "service/inbox.hpp"
+#include "service/shard.hpp"
+#include "service/uring.hpp"
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <vector>
+
+namespace dirtyring::service {
+
+class Commands;
+
+std::uint64_t monotonic_ns();
+
+class Walker
+{
+  public:
+    Walker();
+
+    // From any thread: runs the task between two rounds.
+    void post(Task &task) { inbox_.post(task); }
+
+    // The lcore's loop, until stop().
+    void run();
+    // From any thread.
+    void stop();
+
+    // ---- on the walker's own thread ----
+
+    bool do_work(std::uint64_t now_ns);
+
+    // A peer's write to `doorbell` ends the walker's sleep.
+    void adopt(Shard &shard, int doorbell);
+    void drop(Shard &shard);
+    void adopt(Commands &commands, int doorbell);
+    void drop(Commands &commands);
+
+    // Calls a peer; never blocks. Sent at the end of the round, or by flush().
+    void call(int eventfd) { uring_.write_eventfd(eventfd, 0); }
+    void flush() { uring_.submit(); }
+
+  private:
+    template <class T> struct Owned {
+        T *item;
+        std::uint64_t bell;
+    };
+
+    std::uint64_t watch(int fd);
+    void unwatch(std::uint64_t bell);
+    void reap();
+    void rest(std::uint64_t now_ns);
+
+    Inbox inbox_;
+    Uring uring_{256};
+    std::map<std::uint64_t, int> bells_; // by user_data; an id is never used again
+    std::uint64_t next_bell_ = 1;
+    std::vector<Owned<Shard>> shards_;
+    std::vector<Owned<Commands>> commands_;
+    std::atomic<bool> stopping_{false};
+};
+
+} // namespace dirtyring::service
