@@ -1,0 +1,152 @@
+// An hwpt in this process for benchmarks: one shard, one device thread, one consumer; the caller steps the shard.
+#pragma once
+
+#include "iommu/dma.hpp"
+#include "iommu/format_amdv1.hpp"
+#include "ring/consumer.hpp"
+#include "ring/control.h"
+#include "ring/region.hpp"
+#include "service/shard.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <system_error>
+
+namespace dirtyring::perf {
+
+struct DoneOp final : service::ShardOp {
+    void done() override { finished = true; }
+    bool finished = false;
+};
+
+// 2^memory_lg2 bytes of IOVA space from 0, mapped in 4 KiB leaves, tracked. Every GiB of it leads to the same GiB of guest memory, so
+// that a large guest costs its tables only: they are what is measured.
+class BenchHwpt
+{
+  public:
+    explicit BenchHwpt(unsigned memory_lg2, std::uint64_t ring_entries = 1 << 16)
+        : h_(iommu::make_geometry(DR_FORMAT_AMDV1, std::max(memory_lg2, iommu::aperture_lg2_min), 1)),
+          memory_bytes_(1ull << memory_lg2)
+    {
+        must(tables_.make("bench-tables", h_.tables_size, ring::Pages::sparse));
+        must(translation_.make("bench-translation", h_.translation_size, ring::Pages::present));
+        must(producer_.make("bench-producer", ring::producer_region_size(ring_entries, 8), ring::Pages::present));
+        must(consumer_region_.make("bench-consumer", sizeof(dr_ring_consumer), ring::Pages::present));
+        must(cells_.make("bench-cells", sizeof(dr_cell), ring::Pages::present));
+        const iommu::Tables view(tables_.map.data(), h_);
+        iommu::make_top_tables<iommu::AmdV1>(h_, view);
+        *translation_.map.as<dr_translation_header>() = h_;
+        auto *controls = translation_.map.as<dr_shard_control>(h_.shard_controls);
+        controls[0].first_table = iommu::first_table(h_, 0);
+
+        dr_ring_header header{};
+        header.kind = DR_RING_DIRTY;
+        header.capacity = ring_entries;
+        header.entry_size = 8;
+        header.space = DR_SPACE_IOVA;
+        ring::make_producer_region(producer_.map.as<dr_ring_producer>(), header);
+
+        service::ShardConfig config;
+        config.tables = view;
+        config.geometry = h_;
+        config.control = controls;
+        config.generations = translation_.map.as<std::uint64_t>(h_.generations);
+        config.producer = producer_.map.as<dr_ring_producer>();
+        config.consumer = consumer_region_.map.as<dr_ring_consumer>();
+        config.make_present = [this](std::uint64_t offset, std::uint64_t length) {
+            return tables_.make_present(offset, length);
+        };
+        config.call = [] {};
+        shard_ = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
+        shard_->add_cells({cells_.map.as<dr_cell>(), 1});
+        consumer_ = std::make_unique<ring::Consumer<std::uint64_t>>(consumer_region_.map.as<dr_ring_consumer>(),
+                                                                    producer_.map.as<dr_ring_producer>(), ring_entries);
+
+        must(guest_.make("bench-guest", guest_bytes, ring::Pages::sparse));
+        memory_.add(0, guest_bytes, guest_.map.data());
+        iommu::TranslationView translation_view;
+        must(iommu::TranslationView::open(translation_.map.data(), translation_.map.size(), tables_.map.data(),
+                                          tables_.map.size(), translation_view));
+        dma_ = std::make_unique<iommu::DmaThread<iommu::AmdV1>>(translation_view, memory_, cells_.map.as<dr_cell>());
+
+        for (std::uint64_t at = 0; at < memory_bytes_; at += guest_bytes) {
+            DoneOp map;
+            map.kind = service::ShardOp::Kind::map;
+            map.start = at;
+            map.end = std::min(at + guest_bytes, memory_bytes_);
+            map.rights = {true, true};
+            run(map);
+        }
+        DoneOp enable;
+        enable.kind = service::ShardOp::Kind::enable;
+        run(enable);
+    }
+
+    void run(DoneOp &op)
+    {
+        shard_->submit(op);
+        while (!op.finished)
+            shard_->step(++now_);
+    }
+
+    // Steps until a round finds nothing; how many pages the consumer read. min_interval 0: paced by its releases.
+    std::uint64_t sweep_and_consume()
+    {
+        std::uint64_t pages = 0;
+        for (;;) {
+            const bool worked = shard_->step(++now_);
+            for (auto entries = consumer_->peek(); !entries.empty(); entries = consumer_->peek()) {
+                for (const std::uint64_t entry : entries)
+                    pages += dr_run_length(entry) >> DR_PAGE_LG2;
+                (void)consumer_->release(entries.size());
+            }
+            if (!worked)
+                return pages;
+        }
+    }
+
+    // Makes the page dirty as a device does, by a write of 8 bytes.
+    void dirty(std::uint64_t iova)
+    {
+        const std::uint64_t data = iova;
+        dma_->enter();
+        if (dma_->write(iova, &data, sizeof data).reason != iommu::FaultReason::none)
+            std::abort();
+        (void)dma_->leave();
+    }
+
+    // The whole of it, whatever the summary says.
+    void owe_full_scan() { shard_->bury_cells({}); }
+
+    service::Shard &shard() { return *shard_; }
+    iommu::DmaThread<iommu::AmdV1> &dma() { return *dma_; }
+    [[nodiscard]] std::uint64_t pages() const { return memory_bytes_ >> DR_PAGE_LG2; }
+    std::uint64_t tick() { return ++now_; }
+
+  private:
+    static void must(int error)
+    {
+        if (error != 0)
+            throw std::system_error(-error, std::generic_category(), "benchmark hwpt");
+    }
+
+    static constexpr std::uint64_t guest_bytes = 1ull << 30;
+
+    dr_translation_header h_;
+    ring::Region tables_;
+    ring::Region translation_;
+    ring::Region producer_;
+    ring::Region consumer_region_;
+    ring::Region cells_;
+    ring::Region guest_;
+    iommu::GuestMemory memory_;
+    std::uint64_t memory_bytes_;
+    std::unique_ptr<service::Shard> shard_;
+    std::unique_ptr<ring::Consumer<std::uint64_t>> consumer_;
+    std::unique_ptr<iommu::DmaThread<iommu::AmdV1>> dma_;
+    std::uint64_t now_ = 0;
+};
+
+} // namespace dirtyring::perf
