@@ -207,7 +207,7 @@ static inline uint64_t dr_marker_payload(uint64_t entry)
  * Both have the same capacity, and the service takes a submission only while a completion slot is free for it. The VMM
  * kicks when a submission reaches the service's `armed`, the service calls when a completion reaches the VMM's; whoever
  * releases reads the other's want_kick too (R5 in both directions). `staged` means nothing here.
- * A sync that waits for room in a ring, or for a device, holds up no map.
+ * A sync that waits for room in a ring holds up no map.
  */
 #define DR_COMMAND_CONSUMER_OFFSET 0
 #define DR_COMMAND_PRODUCER_OFFSET DR_PAGE

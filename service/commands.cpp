@@ -267,11 +267,12 @@ int Commands::start_on_hwpt(const dr_command &request)
     HwptRoute &route = it->second;
     if (!route.tracks)
         return -EOPNOTSUPP;
-    const bool changes = std::any_of(slots_.begin(), slots_.end(), [&](const auto &c) {
-        return c->in_flight && c->request.object == request.object &&
-               (c->request.opcode == DR_OP_ENABLE || c->request.opcode == DR_OP_DISABLE);
+    // Syncs go side by side; a change of tracking goes alone, for it would take away what a sync has yet to find.
+    const bool meets = std::any_of(slots_.begin(), slots_.end(), [&](const auto &c) {
+        return c->in_flight && c->request.object == request.object && !is_range(c->request.opcode) &&
+               (c->request.opcode != DR_OP_SYNC || request.opcode != DR_OP_SYNC);
     });
-    if (changes)
+    if (meets)
         return -EINPROGRESS;
     ShardOp::Kind kind = ShardOp::Kind::sync;
     if (request.opcode != DR_OP_SYNC) {

@@ -481,7 +481,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             runs.emplace(*ring_, slots_for_runs());
         bool full = false;
         for (unsigned budget = visit_leaves; budget > 0 && op.reached < op.end && !full;) {
-            budget -= collect_leaves(op, runs, full);
+            budget -= std::min(budget, collect_leaves(op, runs, full));
             if (runs)
                 stage(*runs);
             take_out_leaves(op, runs, full);
