@@ -4,10 +4,10 @@
  * sentence in dirtyring_error(); every errno that the service answers is listed at its request in ring/control.h and
  * ring/layout.h, what the library adds is listed here. Addresses and lengths are bytes and multiples of 4096.
  *
- * Threads: a struct dirtyring belongs to one thread at a time, except where a function says otherwise. Each struct
+ * Threads: a struct dirtyring_vm belongs to one thread at a time, except where a function says otherwise. Each struct
  * dirtyring_ring may have a thread of its own; a struct dirtyring_set is used by one thread and uses its rings.
  *
- *   struct dirtyring *vm;
+ *   struct dirtyring_vm *vm;
  *   dirtyring_connect("/run/dirtyring.sock", &vm);
  *   dirtyring_memory_add(vm, 0, size, memfd, 0);
  *   dirtyring_ioas_alloc(vm, &ioas);
@@ -33,7 +33,7 @@ extern "C" {
 
 #define DIRTYRING_API __attribute__((visibility("default")))
 
-struct dirtyring;
+struct dirtyring_vm;
 struct dirtyring_ring;
 struct dirtyring_set;
 
@@ -42,25 +42,26 @@ struct dirtyring_set;
 /* Connects and creates a guest with a command ring of 256 entries. Closing frees the guest and all it has.
  * -ECONNREFUSED, -ENOENT, -EACCES: as connect(2). -EPROTONOSUPPORT: the service speaks no version of ours.
  * -ETIMEDOUT: the service did not answer within 10 s. *vm is NULL on failure. */
-DIRTYRING_API int dirtyring_connect(const char *socket_path, struct dirtyring **vm);
+DIRTYRING_API int dirtyring_connect(const char *socket_path, struct dirtyring_vm **vm);
 
 /* The same over a connected socket, which is consumed in any case. */
-DIRTYRING_API int dirtyring_connect_fd(int socket, struct dirtyring **vm);
+DIRTYRING_API int dirtyring_connect_fd(int socket, struct dirtyring_vm **vm);
 
 /* Closes; rings and sets opened from vm must be closed before. NULL is allowed. */
-DIRTYRING_API void dirtyring_close(struct dirtyring *vm);
+DIRTYRING_API void dirtyring_close(struct dirtyring_vm *vm);
 
 /* One sentence about the last failure of this thread. Never NULL. */
 DIRTYRING_API const char *dirtyring_error(void);
 
 /* 16 bytes which entitle a device to attach to this guest. Valid until dirtyring_close. */
-DIRTYRING_API const uint8_t *dirtyring_token(const struct dirtyring *vm);
+DIRTYRING_API const uint8_t *dirtyring_token(const struct dirtyring_vm *vm);
 
 /* The socket: hung up (POLLHUP, POLLRDHUP) means that the service is gone. */
-DIRTYRING_API int dirtyring_socket(const struct dirtyring *vm);
+DIRTYRING_API int dirtyring_socket(const struct dirtyring_vm *vm);
 
 /* Guest memory [oa, oa + length) is at offset of memfd. The descriptor is duplicated for the devices. Before the first device. */
-DIRTYRING_API int dirtyring_memory_add(struct dirtyring *vm, uint64_t oa, uint64_t length, int memfd, uint64_t offset);
+DIRTYRING_API int dirtyring_memory_add(struct dirtyring_vm *vm, uint64_t oa, uint64_t length, int memfd,
+                                       uint64_t offset);
 
 /* ---- objects ---------------------------------------------------------------------------------------------------- */
 
@@ -76,12 +77,12 @@ struct dirtyring_hwpt {
     uint32_t reserved[4];     /* zero */
 };
 
-DIRTYRING_API int dirtyring_ioas_alloc(struct dirtyring *vm, uint32_t *ioas);
-DIRTYRING_API int dirtyring_hwpt_alloc(struct dirtyring *vm, uint32_t ioas, const struct dirtyring_hwpt *attr,
+DIRTYRING_API int dirtyring_ioas_alloc(struct dirtyring_vm *vm, uint32_t *ioas);
+DIRTYRING_API int dirtyring_hwpt_alloc(struct dirtyring_vm *vm, uint32_t ioas, const struct dirtyring_hwpt *attr,
                                        uint32_t *hwpt);
 
 /* Frees an ioas or an hwpt. -EBUSY: an hwpt needs the ioas, or a device the hwpt. */
-DIRTYRING_API int dirtyring_destroy(struct dirtyring *vm, uint32_t object);
+DIRTYRING_API int dirtyring_destroy(struct dirtyring_vm *vm, uint32_t object);
 
 /* ---- maps, one by one: submit and wait ---------------------------------------------------------------------------- */
 
@@ -93,57 +94,58 @@ enum dirtyring_map_flags {
 
 /* How an unmap reports what was dirty. */
 enum dirtyring_harvest {
-    DIRTYRING_HARVEST_NOW = 0,                       /* on return the runs can be read */
-    DIRTYRING_HARVEST_DEFERRED = DR_UNMAP_DEFERRED,  /* they can be before the next sync marker */
-    DIRTYRING_HARVEST_DISCARD = DR_UNMAP_DISCARD,    /* never: the memory is going away */
-    DIRTYRING_UNMAP_EMPTY_OK = DR_UNMAP_EMPTY_OK,    /* may be or'ed in: nothing mapped is no error */
+    DIRTYRING_HARVEST_NOW = 0,                      /* on return the runs can be read */
+    DIRTYRING_HARVEST_DEFERRED = DR_UNMAP_DEFERRED, /* they can be before the next sync marker */
+    DIRTYRING_HARVEST_DISCARD = DR_UNMAP_DISCARD,   /* never: the memory is going away */
+    DIRTYRING_UNMAP_EMPTY_OK = DR_UNMAP_EMPTY_OK,   /* may be or'ed in: nothing mapped is no error */
 };
 
 /* What an unmap did. */
 struct dirtyring_unmapped {
-    uint64_t done;  /* bytes from iova that are unmapped now */
-    uint64_t epoch; /* in IOVA rings: keep translating with the old map until each ring whose slice the range touches has
+    uint64_t done; /* bytes from iova that are unmapped now */
+    uint64_t
+        epoch; /* in IOVA rings: keep translating with the old map until each ring whose slice the range touches has
                        passed this marker; 0: none */
 };
 
 /* All of them wait for the service. -ESHUTDOWN: it is gone. -EBUSY: completions of pipelined commands wait to be reaped
  * and there is no room left. */
-DIRTYRING_API int dirtyring_map(struct dirtyring *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa,
+DIRTYRING_API int dirtyring_map(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa,
                                 uint32_t flags);
 /* -EAGAIN: a ring is full, result->done bytes are unmapped: release entries of the rings, then unmap the rest.
  * length UINT64_MAX: to the end of the space. result may be NULL. */
-DIRTYRING_API int dirtyring_unmap(struct dirtyring *vm, uint32_t ioas, uint64_t iova, uint64_t length,
+DIRTYRING_API int dirtyring_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                   uint32_t harvest, struct dirtyring_unmapped *result);
 /* On return of enable every DMA that begins is tracked; on return of disable none is. */
-DIRTYRING_API int dirtyring_enable(struct dirtyring *vm, uint32_t hwpt);
-DIRTYRING_API int dirtyring_disable(struct dirtyring *vm, uint32_t hwpt);
+DIRTYRING_API int dirtyring_enable(struct dirtyring_vm *vm, uint32_t hwpt);
+DIRTYRING_API int dirtyring_disable(struct dirtyring_vm *vm, uint32_t hwpt);
 
 /* ---- maps, pipelined ---------------------------------------------------------------------------------------------- */
 
 /* Queues a command; nothing is sent before dirtyring_submit. Commands on overlapping IOVAs take effect in order.
  * A command behind an unmap that answers -EAGAIN runs nevertheless: link what depends on it by waiting.
  * -EAGAIN: the queue is full: submit and reap. Any value of user_data. */
-DIRTYRING_API int dirtyring_queue_map(struct dirtyring *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa,
-                                      uint32_t flags, uint64_t user_data);
-DIRTYRING_API int dirtyring_queue_unmap(struct dirtyring *vm, uint32_t ioas, uint64_t iova, uint64_t length,
+DIRTYRING_API int dirtyring_queue_map(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
+                                      uint64_t oa, uint32_t flags, uint64_t user_data);
+DIRTYRING_API int dirtyring_queue_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                         uint32_t harvest, uint64_t user_data);
 /* Puts a sync marker with `cookie` (44 bits) into every ring of the hwpt; see dirtyring_set_sync for the usual way. */
-DIRTYRING_API int dirtyring_queue_sync(struct dirtyring *vm, uint32_t hwpt, uint64_t cookie, uint64_t user_data);
+DIRTYRING_API int dirtyring_queue_sync(struct dirtyring_vm *vm, uint32_t hwpt, uint64_t cookie, uint64_t user_data);
 
 /* Hands queued commands to the service. Never blocks. */
-DIRTYRING_API int dirtyring_submit(struct dirtyring *vm);
+DIRTYRING_API int dirtyring_submit(struct dirtyring_vm *vm);
 
 /* Takes up to `max` completions, returns how many. Never blocks. */
-DIRTYRING_API uint32_t dirtyring_reap(struct dirtyring *vm, struct dr_completion *completions, uint32_t max);
+DIRTYRING_API uint32_t dirtyring_reap(struct dirtyring_vm *vm, struct dr_completion *completions, uint32_t max);
 
 /* Asks for one call when a completion comes; true if there is none yet, and dirtyring_command_fd may be waited for (poll,
  * epoll, io_uring; readable). Arming resets the fd: never read it. */
-DIRTYRING_API bool dirtyring_command_arm(struct dirtyring *vm);
-DIRTYRING_API int dirtyring_command_fd(const struct dirtyring *vm);
+DIRTYRING_API bool dirtyring_command_arm(struct dirtyring_vm *vm);
+DIRTYRING_API int dirtyring_command_fd(const struct dirtyring_vm *vm);
 
 /* ---- one ring: a shard of an hwpt --------------------------------------------------------------------------------- */
 
-DIRTYRING_API int dirtyring_ring_open(struct dirtyring *vm, uint32_t hwpt, uint32_t shard,
+DIRTYRING_API int dirtyring_ring_open(struct dirtyring_vm *vm, uint32_t hwpt, uint32_t shard,
                                       struct dirtyring_ring **ring);
 DIRTYRING_API void dirtyring_ring_close(struct dirtyring_ring *ring);
 
@@ -168,7 +170,7 @@ struct dirtyring_batch {
 };
 
 /* Opens every ring of the hwpt. */
-DIRTYRING_API int dirtyring_set_open(struct dirtyring *vm, uint32_t hwpt, struct dirtyring_set **set);
+DIRTYRING_API int dirtyring_set_open(struct dirtyring_vm *vm, uint32_t hwpt, struct dirtyring_set **set);
 DIRTYRING_API void dirtyring_set_close(struct dirtyring_set *set);
 
 /* The next entries of the next ring that has some, in turn; markers are among them. false: none has. Batches of one ring are

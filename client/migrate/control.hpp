@@ -1,0 +1,89 @@
+// The control block: what the processes of a migration tell each other, in memory that the parent owns.
+#pragma once
+
+#include "client/migrate/options.hpp"
+#include "ring/control.h"
+
+#include <atomic>
+#include <cstdint>
+
+namespace dirtyring::migrate {
+
+// In this order. The source moves on; the devices and the replay of maps follow.
+enum class Phase : std::uint32_t {
+    setting_up, // until the source has an hwpt
+    attaching,  // until every device is attached
+    running,    // devices write, the source copies
+    stopping,   // devices stop at the end of a section; last copy
+    finished,   // devices detach
+};
+
+// What a round sent, and what was reported meanwhile.
+struct Round {
+    std::uint64_t pages;
+    std::uint64_t reported;
+    std::uint64_t us;
+};
+
+struct alignas(DR_LINE_PAIR) DeviceProgress {
+    std::atomic<std::uint64_t> accesses; // of the trace done
+};
+
+struct Control {
+    // Stored by the source before it moves on to `attaching`; read by the devices after they saw that.
+    std::uint8_t token[DR_TOKEN_BYTES];
+    std::uint32_t hwpt;
+    // The same for `running`: when time 0 of the devices' load was, CLOCK_MONOTONIC.
+    std::uint64_t start_ns;
+
+    // All of these are waited for under a Bell, hence seq_cst; each release-acquire pair they form carries what is said
+    // above.
+    std::atomic<Phase> phase;
+    std::atomic<std::uint32_t> attached;                        // devices now attached
+    std::atomic<std::uint32_t> stopped;                         // devices that will write no more
+    alignas(DR_LINE_PAIR) std::atomic<std::uint64_t> maps_done; // of the trace, in order
+    DeviceProgress device[devices_max];
+
+    // One total order of writes (stamped by devices) and reports (stamped by the source): see journal.hpp.
+    alignas(DR_LINE_PAIR) std::atomic<std::uint64_t> tick;
+
+    // Flags of the bells.
+    alignas(DR_LINE_PAIR) std::atomic<std::uint32_t> source_asleep;
+    std::atomic<std::uint32_t> mapper_asleep;
+    std::atomic<std::uint32_t> device_asleep[devices_max];
+
+    // The first failure. Whoever turns `failure` from 0 to 1 writes the sentence and stores 2 (release; the parent
+    // acquires).
+    std::atomic<std::uint32_t> failure;
+    char sentence[1024];
+
+    // Statistics, by the source for the parent: relaxed while it runs, exact once it has ended. rounds_done is stored
+    // with release behind its round and loaded with acquire.
+    alignas(DR_LINE_PAIR) std::atomic<std::uint64_t> pages_copied;
+    std::atomic<std::uint64_t> pages_remaining;
+    std::atomic<std::uint64_t> pages_reported;
+    std::atomic<std::uint64_t> over_reported;
+    std::atomic<std::uint64_t> runs_published;
+    std::atomic<std::uint64_t> runs_while_writing;
+    std::atomic<std::uint64_t> bytes_sent;
+    std::atomic<std::uint64_t> link_rate; // bytes/s
+    std::atomic<std::uint64_t> total_ns;
+    std::atomic<std::uint64_t> downtime_ns;
+    std::atomic<std::uint32_t> converged; // 1: stopped because the rest fitted the downtime limit
+    std::atomic<std::uint32_t> rounds_done;
+    Round rounds[rounds_max];
+};
+
+inline std::uint64_t next_tick(Control &control)
+{
+    return control.tick.fetch_add(1, std::memory_order_seq_cst) + 1;
+}
+
+inline Phase phase(const Control &control)
+{
+    return control.phase.load(std::memory_order_seq_cst);
+}
+
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "atomics lie in shared memory");
+
+} // namespace dirtyring::migrate

@@ -1,0 +1,100 @@
+#include "client/migrate/progress.hpp"
+
+#include "client/migrate/clock.hpp"
+#include "client/migrate/units.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <unistd.h>
+
+namespace dirtyring::migrate {
+namespace {
+
+constexpr std::uint64_t second_ns = 1'000'000'000;
+
+std::uint64_t load(const std::atomic<std::uint64_t> &statistic)
+{
+    return statistic.load(std::memory_order_relaxed);
+}
+
+std::string bar(double part)
+{
+    constexpr unsigned width = 20;
+    const auto full = static_cast<unsigned>(std::clamp(part, 0.0, 1.0) * width);
+    return std::string(full, '#') + std::string(width - full, '.');
+}
+
+} // namespace
+
+Progress::Progress(const Control &control, const Options &options)
+    : control_(control), options_(options), terminal_(::isatty(STDOUT_FILENO) == 1), line_ns_(now_ns()),
+      measured_ns_(line_ns_)
+{
+}
+
+Progress::~Progress()
+{
+    if (bar_shown_)
+        fmt::print("\r\033[K");
+    std::fflush(stdout);
+}
+
+void Progress::tick()
+{
+    if (phase(control_) < Phase::running)
+        return;
+    measure();
+    show_rounds();
+    const std::uint64_t now = now_ns();
+    if (terminal_ || now - line_ns_ >= second_ns) {
+        line_ns_ = now;
+        show_state();
+    }
+    std::fflush(stdout);
+}
+
+// The dirty rate of the last half second or so.
+void Progress::measure()
+{
+    const std::uint64_t now = now_ns();
+    if (now - measured_ns_ < second_ns / 2)
+        return;
+    const std::uint64_t reported = load(control_.pages_reported);
+    dirty_rate_ = static_cast<double>((reported - measured_reported_) * page_size) * second_ns /
+                  static_cast<double>(now - measured_ns_);
+    measured_ns_ = now;
+    measured_reported_ = reported;
+}
+
+void Progress::show_rounds()
+{
+    const std::uint32_t done = control_.rounds_done.load(std::memory_order_acquire); // pairs with Source::copy_round
+    for (; rounds_shown_ < done; ++rounds_shown_) {
+        const Round &round = control_.rounds[rounds_shown_];
+        fmt::print("{}round {}: sent {} in {}, meanwhile {} reported\n", bar_shown_ ? "\r\033[K" : "",
+                   rounds_shown_ + 1, bytes(round.pages * page_size), duration(static_cast<double>(round.us) / 1000),
+                   bytes(round.reported * page_size));
+        bar_shown_ = false;
+    }
+}
+
+void Progress::show_state()
+{
+    const auto remaining = static_cast<double>(load(control_.pages_remaining) * page_size);
+    const auto link_rate = static_cast<double>(load(control_.link_rate));
+    const double gain = link_rate - dirty_rate_;
+    const std::string eta = gain > 0 ? duration(remaining / gain * 1000) : "never at this rate";
+    const std::string copied = bytes(load(control_.pages_copied) * page_size);
+    const std::string rates = fmt::format("dirty {}/s, link {}/s, ETA {}", bytes(dirty_rate_), bytes(link_rate), eta);
+    if (terminal_) {
+        const double part = 1 - remaining / static_cast<double>(options_.memory);
+        fmt::print("\r\033[K[{}] round {}, copied {}, remaining {}, {}", bar(part), rounds_shown_ + 1, copied,
+                   bytes(remaining), rates);
+        bar_shown_ = true;
+    } else {
+        fmt::print("round {}: copied {}, remaining {}, {}\n", rounds_shown_ + 1, copied, bytes(remaining), rates);
+    }
+}
+
+} // namespace dirtyring::migrate

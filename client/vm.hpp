@@ -1,0 +1,33 @@
+// A guest at the service, as vm.cpp, commands.cpp and rings.cpp know it.
+#pragma once
+
+#include "client/dirtyring.h"
+#include "client/commands.hpp"
+#include "client/connection.hpp"
+
+#include <atomic>
+
+namespace dirtyring::client {
+
+// Checks the header of a producer region that the service has made, and that its entries fit in the mapping. -EPROTO.
+int check_ring(const Mapping &map, std::size_t offset, dr_ring_kind kind, std::uint32_t entry_size,
+               dr_ring_header &header);
+
+// Cookies from here up are those of dirtyring_set_sync, so that a set never takes the marker of dirtyring_queue_sync for its own.
+inline constexpr std::uint64_t own_cookies = 1ull << (DR_PAYLOAD_BITS - 1);
+
+} // namespace dirtyring::client
+
+struct dirtyring_vm {
+    dirtyring_vm(dirtyring::client::Connection connected, const dr_guest &created, dirtyring::client::Mapping front_end,
+                 dirtyring::client::Mapping service, dirtyring::client::Fd kick, dirtyring::client::Fd call)
+        : connection(std::move(connected)), guest(created),
+          commands(std::move(front_end), std::move(service), std::move(kick), std::move(call), connection.socket())
+    {
+    }
+
+    dirtyring::client::Connection connection;
+    dr_guest guest;
+    dirtyring::client::Commands commands;
+    std::atomic<std::uint64_t> next_cookie{dirtyring::client::own_cookies};
+};
