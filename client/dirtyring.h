@@ -122,14 +122,14 @@ DIRTYRING_API int dirtyring_disable(struct dirtyring_vm *vm, uint32_t hwpt);
 
 /* ---- maps, pipelined ---------------------------------------------------------------------------------------------- */
 
-/* Queues a command; nothing is sent before dirtyring_submit. Commands on overlapping IOVAs take effect in order.
+/* Queues a command; it is sent by dirtyring_submit, or with the next call that submits itself. Commands on overlapping IOVAs take effect in order.
  * A command behind an unmap that answers -EAGAIN runs nevertheless: link what depends on it by waiting.
  * -EAGAIN: the queue is full: submit and reap. Any value of user_data. */
 DIRTYRING_API int dirtyring_queue_map(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                       uint64_t oa, uint32_t flags, uint64_t user_data);
 DIRTYRING_API int dirtyring_queue_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                         uint32_t harvest, uint64_t user_data);
-/* Puts a sync marker with `cookie` (44 bits) into every ring of the hwpt; see dirtyring_set_sync for the usual way. */
+/* Puts a sync marker with `cookie` (43 bits; the library keeps the rest) into every ring of the hwpt; see dirtyring_set_sync for the usual way. */
 DIRTYRING_API int dirtyring_queue_sync(struct dirtyring_vm *vm, uint32_t hwpt, uint64_t cookie, uint64_t user_data);
 
 /* Hands queued commands to the service. Never blocks. */

@@ -34,7 +34,7 @@ struct dirtyring_attach {
 DIRTYRING_API int dirtyring_device_attach(const char *socket_path, const struct dirtyring_attach *attach,
                                           struct dirtyring_device **dev);
 
-/* Detaches and frees. No thread may be in a section: -EBUSY, and the device stays. NULL is allowed. When the service is gone
+/* Detaches and frees; on failure the device stays. -EBUSY: a thread is in a section. NULL is allowed. When the service is gone
  * there is nothing to detach from: frees, returns 0. */
 DIRTYRING_API int dirtyring_device_detach(struct dirtyring_device *dev);
 

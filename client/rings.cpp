@@ -80,13 +80,13 @@ using Lock = std::lock_guard<Mutex>;
 
 // ---- one ring
 
-int dirtyring_ring_open(dirtyring_vm *vm, uint32_t hwpt, uint32_t shard, dirtyring_ring **ring)
+static int open_ring(dirtyring_vm *vm, uint32_t hwpt, uint32_t shard, dirtyring_ring **ring, uint32_t &shards)
 {
     *ring = nullptr;
     dr_ring_get request{};
     request.hwpt = hwpt;
     request.shard = shard;
-    dr_empty reply{};
+    dr_ring reply{};
     FdList fds;
     if (const int error = vm->connection.call(DR_RING_GET, request, reply, fds); error != 0)
         return error;
@@ -113,7 +113,14 @@ int dirtyring_ring_open(dirtyring_vm *vm, uint32_t hwpt, uint32_t shard, dirtyri
     if (!made)
         return -ENOMEM;
     *ring = made.release();
+    shards = reply.shards;
     return 0;
+}
+
+int dirtyring_ring_open(dirtyring_vm *vm, uint32_t hwpt, uint32_t shard, dirtyring_ring **ring)
+{
+    uint32_t shards = 0;
+    return open_ring(vm, hwpt, shard, ring, shards);
 }
 
 void dirtyring_ring_close(dirtyring_ring *ring)
@@ -156,13 +163,15 @@ int dirtyring_set_open(dirtyring_vm *vm, uint32_t hwpt, dirtyring_set **out)
     set->epoll = Fd(::epoll_create1(EPOLL_CLOEXEC));
     if (!set->epoll)
         return fail(errno, "epoll_create1: %s", std::strerror(errno));
-    for (std::uint32_t shard = 0; shard < DR_SHARDS_MAX; ++shard) {
+    std::uint32_t shards = 1; // until the first ring has come
+    for (std::uint32_t shard = 0; shard < shards; ++shard) {
         dirtyring_ring *ring = nullptr;
-        const int error = dirtyring_ring_open(vm, hwpt, shard, &ring);
-        if (error == -ENOENT && shard > 0)
-            break; // the hwpt is there, so it is the shard that is not
-        if (error != 0)
+        if (const int error = open_ring(vm, hwpt, shard, &ring, shards); error != 0)
             return error;
+        if (shards == 0 || shards > DR_SHARDS_MAX) {
+            dirtyring_ring_close(ring);
+            return fail(EPROTO, "the service speaks of %u shards, expected 1 to %u", shards, DR_SHARDS_MAX);
+        }
         set->rings[shard].reset(ring);
         ++set->count;
         epoll_event event{};

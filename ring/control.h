@@ -52,7 +52,7 @@ enum dr_request {
     DR_MEMORY_ADD = 3,    /* front-end: dr_memory_region + fd: memory → dr_empty */
     DR_IOAS_ALLOC = 4,    /* front-end: dr_empty          → dr_object */
     DR_HWPT_ALLOC = 5,    /* front-end: dr_hwpt_alloc     → dr_hwpt */
-    DR_RING_GET = 6,      /* front-end: dr_ring_get       → dr_empty, fds: producer region (ro), consumer region (rw),
+    DR_RING_GET = 6,      /* front-end: dr_ring_get       → dr_ring, fds: producer region (ro), consumer region (rw),
                                                             call eventfd, kick eventfd */
     DR_DESTROY = 7,       /* front-end: dr_object         → dr_empty */
     DR_DEVICE_ATTACH = 8, /* device:    dr_device_attach  → dr_device, fds: tables (rw), translation (ro), cells (rw),
@@ -143,6 +143,11 @@ struct dr_ring_get {
     uint32_t shard;
 };
 
+struct dr_ring {
+    uint32_t size;
+    uint32_t shards; /* of the hwpt, each with a ring */
+};
+
 #define DR_DEVICE_CAN_TRACK (1u << 0) /* its IOMMU sets Dirty bits */
 
 /* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; the hwpt
@@ -186,6 +191,7 @@ DR_STATIC_ASSERT(sizeof(struct dr_hello) == 16, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_guest_create) == 8, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_hwpt) == 16, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_ring_get) == 12, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_ring) == 8, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_guest) == 40, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_memory_region) == 32, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 40, "ABI");

@@ -255,7 +255,7 @@ void Control::ring_get(Connection &c)
     fds.add(duplicate(s.call.get()));
     fds.add(duplicate(s.doorbell.get()));
     if (!refused(c.id, fds.ok()))
-        reply(c.id, dr_empty{}, fds.take());
+        reply(c.id, dr_ring{0, static_cast<std::uint32_t>(hwpt->second->shards.size())}, fds.take());
 }
 
 void Control::destroy(Connection &c)

@@ -64,7 +64,7 @@ bool receive_all(int socket, std::span<std::byte> data)
 
 } // namespace
 
-std::pair<ring::Fd, ring::Fd> make_link()
+LinkEnds make_link()
 {
     int ends[2];
     if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)

@@ -11,12 +11,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <utility>
 
 namespace dirtyring::migrate {
 
-// Both ends.
-std::pair<ring::Fd, ring::Fd> make_link();
+struct LinkEnds {
+    ring::Fd source;
+    ring::Fd destination;
+};
+
+LinkEnds make_link();
 
 class Link
 {

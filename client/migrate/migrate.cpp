@@ -61,18 +61,18 @@ void start_service(Children &children, const std::string &socket_path)
 
 void start_parts(Children &children, Shared &shared)
 {
-    auto [source_end, destination_end] = make_link();
+    LinkEnds ends = make_link();
     children.start("destination VMM", [&] {
-        source_end = ring::Fd();
-        if (!receive(destination_end, {shared.destination.map.data(), shared.destination.map.size()}))
+        ends.source = ring::Fd();
+        if (!receive(ends.destination, {shared.destination.map.data(), shared.destination.map.size()}))
             throw Failure("the source VMM went away");
     });
     children.start("source VMM", [&] {
-        destination_end = ring::Fd();
-        run_source(shared, source_end);
+        ends.destination = ring::Fd();
+        run_source(shared, ends.source);
     });
-    source_end = ring::Fd();
-    destination_end = ring::Fd();
+    ends.source = ring::Fd();
+    ends.destination = ring::Fd();
     for (unsigned i = 0; i < shared.options.devices; ++i)
         children.start(fmt::format("device {}", i), [&shared, i] { run_device(shared, i); });
 }
@@ -87,7 +87,7 @@ void run(Shared &shared)
     shared.socket_path = shared.options.socket_path;
     if (shared.socket_path.empty()) {
         directory.emplace();
-        shared.socket_path = directory->path() + "/service.sock";
+        shared.socket_path = fmt::format("{}/service.sock", directory->path());
         start_service(children, shared.socket_path);
     }
     start_parts(children, shared);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <string>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 namespace dirtyring::migrate {
@@ -18,9 +19,16 @@ std::uint64_t load(const std::atomic<std::uint64_t> &statistic)
     return statistic.load(std::memory_order_relaxed);
 }
 
+// A line that is longer would wrap, and \r would not get back to its start.
+std::size_t columns()
+{
+    winsize size{};
+    return ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80u;
+}
+
 std::string bar(double part)
 {
-    constexpr unsigned width = 20;
+    constexpr unsigned width = 12;
     const auto full = static_cast<unsigned>(std::clamp(part, 0.0, 1.0) * width);
     return std::string(full, '#') + std::string(width - full, '.');
 }
@@ -87,13 +95,14 @@ void Progress::show_state()
     const std::string eta = gain > 0 ? duration(remaining / gain * 1000) : "never at this rate";
     const std::string copied = bytes(load(control_.pages_copied) * page_size);
     const std::string rates = fmt::format("dirty {}/s, link {}/s, ETA {}", bytes(dirty_rate_), bytes(link_rate), eta);
+    const std::string state =
+        fmt::format("round {}: copied {}, remaining {}, {}", rounds_shown_ + 1, copied, bytes(remaining), rates);
     if (terminal_) {
         const double part = 1 - remaining / static_cast<double>(options_.memory);
-        fmt::print("\r\033[K[{}] round {}, copied {}, remaining {}, {}", bar(part), rounds_shown_ + 1, copied,
-                   bytes(remaining), rates);
+        fmt::print("\r\033[K{}", fmt::format("[{}] {}", bar(part), state).substr(0, columns() - 1));
         bar_shown_ = true;
     } else {
-        fmt::print("round {}: copied {}, remaining {}, {}\n", rounds_shown_ + 1, copied, bytes(remaining), rates);
+        fmt::print("{}\n", state);
     }
 }
 

@@ -29,7 +29,7 @@ inline std::string count(std::uint64_t value)
 {
     std::string digits = fmt::format("{}", value);
     for (std::size_t at = digits.size(); at > 3; at -= 3)
-        digits.insert(at - 3, ",");
+        digits.insert(at - 3, 1, ',');
     return digits;
 }
 
