@@ -360,12 +360,12 @@ template <Format F> class Slice
         retired_.push_back(number);
     }
 
-    // One chunk more. -EAGAIN: done, look again.
+    // One chunk more. -EAGAIN: done, look again. 0: every table that the slice could ever need has a page, linked or free.
     int make_tables()
     {
         const std::uint64_t upto = std::min(present_ + chunk_tables, shard_tables(h_.slice_lg2));
         if (upto == present_)
-            return -ENOMEM;
+            return 0;
         const std::uint64_t first = first_table_ + present_;
         const std::uint64_t count = upto - present_;
         if (make_present_(h_.table_pages + (first << table_size_lg2), count << table_size_lg2) != 0 ||

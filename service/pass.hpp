@@ -31,6 +31,7 @@ template <iommu::Format F> class Pass
     [[nodiscard]] std::optional<iommu::Line> next(iommu::Slice<F> &slice)
     {
         for (;;) {
+            lines_ &= slice.existing_lines(table_); // a map change may have taken the table away since
             if (lines_ != 0) {
                 const auto line = static_cast<unsigned>(std::countr_zero(lines_));
                 lines_ &= lines_ - 1;

@@ -176,18 +176,14 @@ template <iommu::Format F> class ShardOf final : public Shard
     bool visit()
     {
         const bool sync = !syncs_.empty() && syncs_.front().after <= finished_;
-        if (!ops_.empty() && !(sync && syncs_turn_)) {
-            syncs_turn_ = true;
+        if (!ops_.empty() && !(sync && syncs_turn_))
             return run(*ops_.front());
-        }
         syncs_turn_ = false;
         if (sync)
             return run_sync(syncs_.front()) || !ops_.empty();
-        if (!tracking_ || !(pass_.running() || pace_allows()))
+        if (tracking_ && !pass_.running() && !pace_allows())
             return false;
-        if (sweep())
-            return true;
-        return publish(); // runs of deferred unmaps
+        return (tracking_ && sweep()) || publish(); // what deferred unmaps have left
     }
 
     // ---- grace ---------------------------------------------------------------------------------------------------
@@ -436,6 +432,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         assert(ops_.front() == &op);
         ops_.pop_front();
         ++finished_;
+        syncs_turn_ = true; // not before: an unmap in several visits counts on the slot for its marker
         if (grace_.running()) {
             finishing_ = &op;
             finishing_result_ = result;
@@ -472,8 +469,10 @@ template <iommu::Format F> class ShardOf final : public Shard
         const bool mark = ring_ && !oa_space_ && op.epoch != 0;
         if (fault(Fault::unmap_waits_for_room) && ring_ && slots_for_runs() == 0)
             return;
-        if (mark && ring_->room() <= markers_kept)
+        if (mark && op.reached == op.start && ring_->room() <= markers_kept) {
+            publish();
             return finish(op, -EAGAIN);
+        }
 
         const std::uint64_t from = op.reached;
         std::optional<RunWriter> runs;
@@ -494,7 +493,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (over && mark)
             put_marker(DR_MARKER_EPOCH, op.epoch);
         if (!fault(Fault::unmap_without_grace))
-            invalidate({.publish = op.harvest == ShardOp::Harvest::now});
+            invalidate({.publish = op.harvest == ShardOp::Harvest::now || full});
         if (over)
             finish(op, full ? -EAGAIN : 0);
     }

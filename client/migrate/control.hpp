@@ -25,11 +25,17 @@ struct Round {
     std::uint64_t us;
 };
 
-struct alignas(DR_LINE_PAIR) DeviceProgress {
-    std::atomic<std::uint64_t> accesses; // of the trace done
+// Changes all the time, so it lies on cache lines of its own.
+struct alignas(DR_LINE_PAIR) Count {
+    std::atomic<std::uint64_t> value;
 };
 
 struct Control {
+    // The first failure. Whoever turns `failure` from 0 to 1 writes the sentence and stores 2 (release; the parent
+    // acquires).
+    std::atomic<std::uint32_t> failure;
+    char sentence[1024];
+
     // Stored by the source before it moves on to `attaching`; read by the devices after they saw that.
     std::uint8_t token[DR_TOKEN_BYTES];
     std::uint32_t hwpt;
@@ -39,23 +45,18 @@ struct Control {
     // All of these are waited for under a Bell, hence seq_cst; each release-acquire pair they form carries what is said
     // above.
     std::atomic<Phase> phase;
-    std::atomic<std::uint32_t> attached;                        // devices now attached
-    std::atomic<std::uint32_t> stopped;                         // devices that will write no more
-    alignas(DR_LINE_PAIR) std::atomic<std::uint64_t> maps_done; // of the trace, in order
-    DeviceProgress device[devices_max];
+    std::atomic<std::uint32_t> attached; // devices now attached
+    std::atomic<std::uint32_t> stopped;  // devices that will write no more
+    Count maps_done;                     // of the trace, in order
+    Count accesses_done[devices_max];    // of the trace, by each device
 
     // One total order of writes (stamped by devices) and reports (stamped by the source): see journal.hpp.
-    alignas(DR_LINE_PAIR) std::atomic<std::uint64_t> tick;
+    Count tick;
 
     // Flags of the bells.
     alignas(DR_LINE_PAIR) std::atomic<std::uint32_t> source_asleep;
     std::atomic<std::uint32_t> mapper_asleep;
     std::atomic<std::uint32_t> device_asleep[devices_max];
-
-    // The first failure. Whoever turns `failure` from 0 to 1 writes the sentence and stores 2 (release; the parent
-    // acquires).
-    std::atomic<std::uint32_t> failure;
-    char sentence[1024];
 
     // Statistics, by the source for the parent: relaxed while it runs, exact once it has ended. rounds_done is stored
     // with release behind its round and loaded with acquire.
@@ -76,7 +77,7 @@ struct Control {
 
 inline std::uint64_t next_tick(Control &control)
 {
-    return control.tick.fetch_add(1, std::memory_order_seq_cst) + 1;
+    return control.tick.value.fetch_add(1, std::memory_order_seq_cst) + 1;
 }
 
 inline Phase phase(const Control &control)

@@ -32,7 +32,7 @@ class Worker
         while (const auto step = load->next()) {
             if (!wait_for(*step) || !perform(*step))
                 return;
-            control.device[index_].accesses.store(++done, std::memory_order_seq_cst);
+            control.accesses_done[index_].value.store(++done, std::memory_order_seq_cst);
             shared_.mapper_bell.ring();
         }
     }
@@ -46,7 +46,8 @@ class Worker
         Control &control = shared_.control;
         const Bell &bell = shared_.device_bells[index_];
         bell.wait([&] { return stopping(); }, control.start_ns + step.due_ns);
-        bell.wait([&] { return stopping() || control.maps_done.load(std::memory_order_seq_cst) >= step.maps_before; });
+        bell.wait(
+            [&] { return stopping() || control.maps_done.value.load(std::memory_order_seq_cst) >= step.maps_before; });
         return !stopping();
     }
 

@@ -101,7 +101,7 @@ bool Mapper::accesses_done(std::uint64_t first) const
 {
     const unsigned devices = shared_.options.devices;
     for (unsigned d = 0; d < devices; ++d)
-        if (shared_.control.device[d].accesses.load(std::memory_order_seq_cst) < share(first, d, devices))
+        if (shared_.control.accesses_done[d].value.load(std::memory_order_seq_cst) < share(first, d, devices))
             return false;
     return true;
 }
@@ -203,7 +203,7 @@ void Mapper::complete_map(const dr_completion &completion)
         maps_.pop_front();
         ++maps_done_;
     }
-    shared_.control.maps_done.store(maps_done_, std::memory_order_seq_cst);
+    shared_.control.maps_done.value.store(maps_done_, std::memory_order_seq_cst);
     shared_.ring_devices();
 }
 

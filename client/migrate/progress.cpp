@@ -37,7 +37,7 @@ std::string bar(double part)
 
 Progress::Progress(const Control &control, const Options &options)
     : control_(control), options_(options), terminal_(::isatty(STDOUT_FILENO) == 1), line_ns_(now_ns()),
-      measured_ns_(line_ns_)
+      measured_ns_(line_ns_), measured_remaining_(static_cast<double>(options.memory))
 {
 }
 
@@ -62,17 +62,20 @@ void Progress::tick()
     std::fflush(stdout);
 }
 
-// The dirty rate of the last half second or so.
+// Rates of the last half second or so.
 void Progress::measure()
 {
     const std::uint64_t now = now_ns();
     if (now - measured_ns_ < second_ns / 2)
         return;
-    const std::uint64_t reported = load(control_.pages_reported);
-    dirty_rate_ = static_cast<double>((reported - measured_reported_) * page_size) * second_ns /
-                  static_cast<double>(now - measured_ns_);
+    const double seconds = static_cast<double>(now - measured_ns_) / second_ns;
+    const auto reported = static_cast<double>(load(control_.pages_reported) * page_size);
+    const auto remaining = static_cast<double>(load(control_.pages_remaining) * page_size);
+    dirty_rate_ = (reported - measured_reported_) / seconds;
+    gain_ = (measured_remaining_ - remaining) / seconds;
     measured_ns_ = now;
     measured_reported_ = reported;
+    measured_remaining_ = remaining;
 }
 
 void Progress::show_rounds()
@@ -91,8 +94,9 @@ void Progress::show_state()
 {
     const auto remaining = static_cast<double>(load(control_.pages_remaining) * page_size);
     const auto link_rate = static_cast<double>(load(control_.link_rate));
-    const double gain = link_rate - dirty_rate_;
-    const std::string eta = gain > 0 ? duration(remaining / gain * 1000) : "never at this rate";
+    // What is written before it was sent for the first time costs nothing, so link rate less dirty rate would be too
+    // little.
+    const std::string eta = gain_ > 0 ? duration(remaining / gain_ * 1000) : "unknown";
     const std::string copied = bytes(load(control_.pages_copied) * page_size);
     const std::string rates = fmt::format("dirty {}/s, link {}/s, ETA {}", bytes(dirty_rate_), bytes(link_rate), eta);
     const std::string state =

@@ -31,8 +31,10 @@ class Progress
     std::uint32_t rounds_shown_ = 0;
     std::uint64_t line_ns_; // when the last line of the clock was
     std::uint64_t measured_ns_;
-    std::uint64_t measured_reported_ = 0;
-    double dirty_rate_ = 0; // bytes/s
+    double measured_reported_ = 0; // bytes
+    double measured_remaining_;    // bytes
+    double dirty_rate_ = 0;        // bytes/s
+    double gain_ = 0;              // by how much less remains, bytes/s
 };
 
 } // namespace dirtyring::migrate

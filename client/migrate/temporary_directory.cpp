@@ -36,7 +36,7 @@ void remove(const std::string &path)
 
 } // namespace
 
-TemporaryDirectory::TemporaryDirectory() : path_("/tmp/dirtyring-XXXXXX")
+TemporaryDirectory::TemporaryDirectory() : path_((std::filesystem::temp_directory_path() / "dirtyring-XXXXXX").string())
 {
     int ends[2];
     if (::pipe2(ends, O_CLOEXEC) != 0)
@@ -44,7 +44,7 @@ TemporaryDirectory::TemporaryDirectory() : path_("/tmp/dirtyring-XXXXXX")
     ring::Fd read_end(ends[0]);
     lifeline_ = ring::Fd(ends[1]);
     if (::mkdtemp(path_.data()) == nullptr)
-        throw system_failure("cannot make a directory below /tmp");
+        throw system_failure("cannot make the directory " + path_);
     std::fflush(nullptr);
     janitor_ = ::fork();
     if (janitor_ < 0) {

@@ -1,0 +1,600 @@
+// Negative controls: what a rule is good for shows when it is broken. Each enumerator of Fault has a scenario that loses nothing and
+// hangs nowhere as the engine is, and does one or the other once the rule is broken. Both halves run the same code.
+//
+// The scenarios are scheduled by hand, in one thread: a walker is what is stepped, a device is an object. Where only hardware can show
+// the loss, two threads race a bounded number of times.
+#include "tests/hook.hpp"
+#include "tests/rig.hpp"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <chrono>
+#include <cstdlib>
+#include <pthread.h>
+#include <random>
+#include <sched.h>
+#include <string>
+#include <thread>
+
+namespace dirtyring::test {
+namespace {
+
+struct Outcome {
+    std::uint64_t lost = 0; // pages
+    bool hung = false;
+    [[nodiscard]] bool bad() const { return lost != 0 || hung; }
+};
+
+using Scenario = Outcome (*)();
+
+constexpr std::uint64_t page0 = 0;
+constexpr std::uint64_t large = 2 * MiB;
+
+// All that was written is reported and copied, if the engine is sound.
+Outcome judge(Rig &rig)
+{
+    if (rig.sync() != 0)
+        return {rig.lost(), true};
+    return {rig.lost(), false};
+}
+
+void prepare(Rig &rig)
+{
+    ASSERT_EQ(rig.map(0, 4 * MiB, 0), 0);
+    ASSERT_EQ(rig.enable(), 0);
+}
+
+// ---- device --------------------------------------------------------------------------------------------------------
+
+// The walker cleans and advances while the device is between its walk and its IOTLB.
+Outcome swept_before_tag()
+{
+    Rig rig;
+    prepare(rig);
+    const Hook hook(Point::device_before_tag, [&] { rig.settle(); });
+    rig.write(0, page0, page_size);
+    rig.settle();
+    rig.drain();
+    rig.write(0, page0, page_size); // by the IOTLB
+    return judge(rig);
+}
+
+// The region is advanced; the large entry must go with it.
+Outcome large_leaf_twice()
+{
+    Rig rig;
+    prepare(rig);
+    rig.write(0, large, page_size);
+    if (const Outcome first = judge(rig); first.bad())
+        return first;
+    rig.write(0, large, page_size);
+    return judge(rig);
+}
+
+// The walker looks between D and the summary.
+Outcome swept_before_summary()
+{
+    Rig rig;
+    prepare(rig);
+    const Hook hook(
+        Point::device_between_dirty_and_summary,
+        [&] {
+            rig.settle();
+            rig.drain();
+        },
+        Hook::Times::always); // broken, it is there for the tables above too
+    rig.write(0, page0, page_size);
+    return judge(rig);
+}
+
+// A leaf of 1 GiB in the second of two slices that share a top table.
+Outcome gigabyte_in_second_slice()
+{
+    Rig rig({.aperture_lg2 = 31, .shards = 2, .memory = 2 * GiB});
+    EXPECT_EQ(rig.map(GiB, GiB, GiB), 0);
+    EXPECT_EQ(rig.enable(), 0);
+    rig.write(0, GiB + 5 * page_size, page_size);
+    return judge(rig);
+}
+
+// The walker sleeps, a device writes.
+Outcome written_while_asleep()
+{
+    Rig rig;
+    prepare(rig);
+    SleepyWalker walker(rig);
+    bool slept = walker.run();
+    rig.write(0, page0, page_size);
+    slept &= walker.run_until_idle();
+    rig.drain();
+    return {0, !slept || rig.lost() != 0};
+}
+
+// ---- walker --------------------------------------------------------------------------------------------------------
+
+// The walker sweeps and the VMM copies while the device has its translation and has not written yet.
+Outcome swept_before_data()
+{
+    Rig rig;
+    prepare(rig);
+    const Hook hook(Point::device_before_tag, [&] {
+        rig.settle();
+        rig.drain();
+    });
+    rig.write(0, page0, page_size);
+    rig.settle();
+    rig.drain();
+    return judge(rig);
+}
+
+// A second thread of the device finds D set by the first, which is not at the summary yet; its DMA is complete, so a
+// sync must report it.
+Outcome synced_before_summary()
+{
+    Rig rig;
+    prepare(rig);
+    Outcome at_sync;
+    const Hook hook(Point::device_between_dirty_and_summary, [&] {
+        rig.write(1, page0, page_size);
+        const Op &op = rig.submit(0, OpKind::sync);
+        rig.settle();
+        rig.drain();
+        if (op.over())
+            at_sync.lost = rig.lost();
+    });
+    rig.write(0, page0, page_size);
+    const Outcome after = judge(rig);
+    return {at_sync.lost + after.lost, after.hung};
+}
+
+// An unmap while the device has its translation and has not written yet.
+Outcome unmapped_before_data()
+{
+    Rig rig;
+    prepare(rig);
+    const Op *op = nullptr;
+    const Hook hook(Point::device_before_tag, [&] {
+        op = &rig.submit_unmap(0, 4 * MiB);
+        rig.settle();
+        rig.drain();
+    });
+    rig.write(0, page0, page_size);
+    const bool hung = !rig.run(*op);
+    const Outcome after = judge(rig);
+    return {after.lost, after.hung || hung};
+}
+
+// The VMM reads its ring only after the reply.
+Outcome unmapped_with_full_ring()
+{
+    Rig rig({.leaf_lg2_max = 12, .capacity = 8});
+    prepare(rig);
+    for (std::uint64_t i = 0; i < 16; ++i)
+        rig.write(0, 2 * i * page_size, page_size);
+    rig.settle();
+    std::uint64_t from = 0;
+    for (unsigned tries = 0; tries < 100; ++tries) {
+        const Op &op = rig.submit_unmap(from, 4 * MiB - from);
+        if (!rig.run(op, false))
+            return {0, true};
+        from = op.reached;
+        rig.drain();
+        if (op.result == 0)
+            return judge(rig);
+        EXPECT_EQ(op.result, -EAGAIN);
+    }
+    return {0, true};
+}
+
+// The IOTLB holds an entry from the time when nobody tracked.
+Outcome cached_before_enable()
+{
+    Rig rig;
+    EXPECT_EQ(rig.map(0, 4 * MiB, 0), 0);
+    rig.write(0, page0, page_size);
+    EXPECT_EQ(rig.enable(), 0);
+    rig.write(0, page0, page_size);
+    return judge(rig);
+}
+
+// A device dies between D and the summary; before that another one finds D set and completes.
+Outcome died_before_summary()
+{
+    struct Death {
+    };
+    Rig rig;
+    prepare(rig);
+    const Hook hook(Point::device_between_dirty_and_summary, [&] {
+        rig.write(1, page0, page_size);
+        throw Death{};
+    });
+    try {
+        rig.write(0, page0, page_size);
+    } catch (const Death &) {
+        rig.bury(0);
+    }
+    return judge(rig);
+}
+
+// A device is stopped in the middle of its DMA; the VMM would like to be rid of it before its last sync. Who detaches
+// (the control plane, here the test) must not.
+Outcome stopped_device_detached()
+{
+    Rig rig;
+    prepare(rig);
+    const Hook hook(Point::device_before_tag, [&] {
+        if (fault(Fault::detach_stopped))
+            rig.detach(0);
+        rig.submit(0, OpKind::sync);
+        rig.settle();
+        rig.drain();
+    });
+    rig.write(0, page0, page_size);
+    return judge(rig);
+}
+
+// More is dirty than the ring holds; the walker sleeps until the VMM kicks.
+Outcome slept_before_full_ring()
+{
+    Rig rig({.leaf_lg2_max = 12, .capacity = 8});
+    prepare(rig);
+    for (std::uint64_t i = 0; i < 16; ++i)
+        rig.write(0, 2 * i * page_size, page_size);
+    SleepyWalker walker(rig);
+    bool slept = walker.run();
+    while (rig.drain() > 0)
+        slept &= walker.run_until_idle();
+    return {0, !slept || rig.lost() != 0};
+}
+
+// A device writes after the walker's last look and before it raises `asleep`.
+Outcome written_while_falling_asleep()
+{
+    Rig rig;
+    prepare(rig);
+    SleepyWalker walker(rig);
+    bool slept = walker.run_with([&] { rig.write(0, page0, page_size); });
+    slept &= walker.run_until_idle();
+    rig.drain();
+    return {0, !slept || rig.lost() != 0};
+}
+
+// The VMM sleeps until it is called.
+Outcome consumer_asleep()
+{
+    Rig rig;
+    prepare(rig);
+    rig.drain();
+    EXPECT_TRUE(rig.consumer().arm());
+    rig.write(0, page0, page_size);
+    rig.settle();
+    if (rig.state().calls == 0)
+        return {0, true};
+    rig.drain();
+    return judge(rig);
+}
+
+// ---- races -----------------------------------------------------------------------------------------------------------
+//
+// One round: the device makes a page of a large leaf dirty and has it in its IOTLB. Then at the same time the walker sweeps and
+// the VMM copies the leaf's last page at once, and the device, in its next section, writes the end of the leaf, which takes it some
+// microseconds. Stores that miss the cache stand in the store buffer before the one that matters.
+
+struct alignas(128) Slow {
+    std::atomic<std::uint64_t> word{0};
+};
+
+class Race
+{
+  public:
+    enum class Meeting { around_advance, after_first_word };
+
+    explicit Race(Meeting meeting) : meeting_(meeting), rig_({.memory = 4 * MiB})
+    {
+        EXPECT_EQ(rig_.map(0, large, 0), 0);
+        EXPECT_EQ(rig_.enable(), 0);
+    }
+
+    // Pages lost in at most `rounds` rounds, or until the first.
+    std::uint64_t run(unsigned rounds, std::chrono::seconds limit)
+    {
+        const auto until = std::chrono::steady_clock::now() + limit;
+        at_point = [this](Point p) {
+            if (p == Point::walker_before_advance && meeting_here_) {
+                meeting_here_ = false;
+                meet();
+            }
+        };
+        std::thread device([this] { write_rounds(); });
+        pin(1, device.native_handle());
+        cpu_set_t before;
+        pthread_getaffinity_np(pthread_self(), sizeof before, &before);
+        pin(0, pthread_self());
+
+        std::uint64_t lost = 0;
+        for (round_ = 1; round_ <= rounds && lost == 0 && std::chrono::steady_clock::now() < until; ++round_)
+            lost += sweep_round();
+        stop_.store(true);
+        device.join();
+        at_point = nullptr;
+        pthread_setaffinity_np(pthread_self(), sizeof before, &before);
+        std::printf("[   rounds ] %u\n", round_ - 1);
+        return lost;
+    }
+
+  private:
+    static constexpr std::uint64_t tail_length = 64 * KiB;
+    static constexpr std::uint64_t tail = large - tail_length;
+    static constexpr std::uint64_t last_page = large - page_size;
+    static constexpr unsigned slow_stores = 24;
+
+    static void pin(unsigned cpu, pthread_t thread)
+    {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(cpu, &set);
+        pthread_setaffinity_np(thread, sizeof set, &set); // best effort
+    }
+
+    static void spin(unsigned n)
+    {
+        for (; n > 0; --n)
+            std::atomic_signal_fence(std::memory_order_seq_cst);
+    }
+
+    template <class Done> static void await(Done done)
+    {
+        for (unsigned i = 0; !done(); ++i) {
+            if (i % 4096 == 4095)
+                sched_yield();
+        }
+    }
+
+    static void store_slowly(std::array<Slow, slow_stores> &lines, std::uint64_t value)
+    {
+        for (Slow &line : lines)
+            line.word.store(value, std::memory_order_relaxed);
+    }
+
+    void meet()
+    {
+        go_.store(round_, std::memory_order_release);
+        if (meeting_ == Meeting::after_first_word) {
+            await([this] { return peek_word(rig_.source.data() + tail) == round_; });
+        } else {
+            spin(walker_random_() % 128);
+            store_slowly(of_walker_, round_);
+        }
+    }
+
+    std::uint64_t sweep_round()
+    {
+        store_slowly(of_device_, round_); // now they are not in the device's cache
+        start_.store(round_, std::memory_order_release);
+        await([this] { return ready_.load(std::memory_order_acquire) == round_; });
+        meeting_here_ = true;
+        rig_.step();
+        consume();
+        go_.store(round_, std::memory_order_release); // if the sweep found nothing
+        await([this] { return landed_.load(std::memory_order_acquire) == round_; });
+        Op sync;
+        sync.kind = OpKind::sync;
+        rig_.shard().submit(sync);
+        while (!sync.over()) {
+            rig_.step();
+            consume();
+        }
+        consume();
+        const std::uint64_t n = std::memcmp(rig_.source.data() + last_page, rig_.destination.data() + last_page, page_size);
+        return n != 0 ? 1 : 0;
+    }
+
+    void consume()
+    {
+        const auto entries = rig_.consumer().peek();
+        for (const std::uint64_t e : entries) {
+            if (!dr_is_marker(e))
+                copy_page(rig_.destination.data() + last_page, rig_.source.data() + last_page);
+        }
+        if (!entries.empty())
+            static_cast<void>(rig_.consumer().release(entries.size()));
+    }
+
+    void write_rounds()
+    {
+        Device &device = rig_.device();
+        std::minstd_rand random(7);
+        std::vector<std::uint64_t> data(tail_length / 8);
+        for (std::uint64_t round = 1;; ++round) {
+            await([&] { return start_.load(std::memory_order_acquire) == round || stop_.load(); });
+            if (stop_.load())
+                return;
+            std::fill(data.begin(), data.end(), round);
+            store_slowly(of_walker_, round);
+            device.enter();
+            device.write(0, &round, sizeof round);
+            static_cast<void>(device.leave());
+            ready_.store(round, std::memory_order_release);
+            await([&] { return go_.load(std::memory_order_acquire) == round; });
+            if (meeting_ == Meeting::around_advance) {
+                spin(static_cast<unsigned>(random() % 128));
+                store_slowly(of_device_, round);
+            }
+            device.enter();
+            device.write(tail, data.data(), tail_length);
+            static_cast<void>(device.leave());
+            landed_.store(round, std::memory_order_release);
+        }
+    }
+
+    Meeting meeting_;
+    Rig rig_;
+    std::minstd_rand walker_random_{3};
+    unsigned round_ = 0;
+    bool meeting_here_ = false; // the walker's thread's
+    alignas(128) std::atomic<std::uint64_t> start_{0};
+    alignas(128) std::atomic<std::uint64_t> ready_{0};
+    alignas(128) std::atomic<std::uint64_t> go_{0};
+    alignas(128) std::atomic<std::uint64_t> landed_{0};
+    std::atomic<bool> stop_{false};
+    alignas(128) std::array<Slow, slow_stores> of_device_;
+    std::array<Slow, slow_stores> of_walker_;
+};
+
+Outcome race(Race::Meeting meeting)
+{
+    const bool broken = active_fault.load() != Fault::none;
+    return {std::make_unique<Race>(meeting)->run(broken ? 2'000'000 : 3'000, std::chrono::seconds(broken ? 60 : 10))};
+}
+
+Outcome raced_around_advance() { return race(Race::Meeting::around_advance); }
+Outcome entered_after_sample() { return race(Race::Meeting::after_first_word); }
+
+// ---- leave_relaxed ---------------------------------------------------------------------------------------------------
+
+// Reads, watched by TSan, what the device wrote; the device's leave is all that orders the two. For a process of its own.
+[[noreturn]] void read_behind_leave()
+{
+    auto &rig = *new Rig; // the device's thread outlives this function
+    prepare(rig);
+    static std::array<std::uint64_t, 512> data{};
+    std::thread([&rig] {
+        rig.device().enter();
+        rig.device().write(0, data.data(), page_size);
+        static_cast<void>(rig.device().leave());
+        ::pause();
+    }).detach();
+    while (peek_word(reinterpret_cast<const std::byte *>(&rig.cell(0)->count)) != 2)
+        sched_yield();
+    while (rig.consumer().peek().empty())
+        rig.step();
+    std::uint64_t sum = 0;
+    for (std::uint64_t i = 0; i < page_size; i += 8)
+        sum += *reinterpret_cast<const std::uint64_t *>(rig.source.data() + i);
+    std::exit(sum == 0 ? 0 : 1);
+}
+
+// ---- the table -------------------------------------------------------------------------------------------------------
+
+struct Control {
+    friend void PrintTo(const Control &c, std::ostream *out) { *out << c.name; }
+
+    Fault fault;
+    const char *name;
+    Scenario scenario;
+    bool hardware = false; // TSan's own fences hide the effect
+};
+
+Control control(Fault fault)
+{
+    switch (fault) { // no default: who adds a fault adds a scenario
+    case Fault::none:
+        break;
+    case Fault::tag_after_walk:
+        return {fault, "tag_after_walk", swept_before_tag};
+    case Fault::iotlb_across_regions:
+        return {fault, "iotlb_across_regions", large_leaf_twice};
+    case Fault::section_without_order:
+        return {fault, "section_without_order", raced_around_advance, true};
+    case Fault::leave_relaxed:
+        return {fault, "leave_relaxed", nullptr};
+    case Fault::summary_without_order:
+        return {fault, "summary_without_order", swept_before_summary};
+    case Fault::summary_shared:
+        return {fault, "summary_shared", gigabyte_in_second_slice};
+    case Fault::no_doorbell:
+        return {fault, "no_doorbell", written_while_asleep};
+    case Fault::no_grace:
+        return {fault, "no_grace", swept_before_data};
+    case Fault::publish_before_advance:
+        return {fault, "publish_before_advance", swept_before_data};
+    case Fault::advance_plain:
+        return {fault, "advance_plain", raced_around_advance, true};
+    case Fault::sample_before_advance:
+        return {fault, "sample_before_advance", entered_after_sample};
+    case Fault::no_leading_grace:
+        return {fault, "no_leading_grace", synced_before_summary};
+    case Fault::unmap_without_grace:
+        return {fault, "unmap_without_grace", unmapped_before_data};
+    case Fault::unmap_waits_for_room:
+        return {fault, "unmap_waits_for_room", unmapped_with_full_ring};
+    case Fault::enable_without_advance:
+        return {fault, "enable_without_advance", cached_before_enable};
+    case Fault::no_full_scan_on_death:
+        return {fault, "no_full_scan_on_death", died_before_summary};
+    case Fault::detach_stopped:
+        return {fault, "detach_stopped", stopped_device_detached};
+    case Fault::no_want_kick:
+        return {fault, "no_want_kick", slept_before_full_ring};
+    case Fault::no_second_look:
+        return {fault, "no_second_look", written_while_falling_asleep};
+    case Fault::arm_without_look:
+        return {fault, "arm_without_look", consumer_asleep};
+    }
+    return {Fault::none, "none", nullptr};
+}
+
+std::vector<Control> controls()
+{
+    std::vector<Control> all;
+    for (int i = 1; control(static_cast<Fault>(i)).fault != Fault::none; ++i) {
+        if (const Control c = control(static_cast<Fault>(i)); c.scenario != nullptr)
+            all.push_back(c);
+    }
+    return all;
+}
+
+class NegativeControl : public testing::TestWithParam<Control>
+{
+  protected:
+    void SetUp() override
+    {
+        if (GetParam().hardware && under_tsan)
+            GTEST_SKIP() << "TSan's atomics order more than the hardware does: shown in the other builds";
+        if (GetParam().hardware && std::thread::hardware_concurrency() < 2)
+            GTEST_SKIP() << "two processors must run at the same time";
+    }
+};
+
+TEST_P(NegativeControl, GreenAsItIs)
+{
+    const Outcome o = GetParam().scenario();
+    EXPECT_EQ(o.lost, 0u);
+    EXPECT_FALSE(o.hung);
+}
+
+TEST_P(NegativeControl, RedWhenBroken)
+{
+    const Breaking breaking(GetParam().fault);
+    EXPECT_TRUE(GetParam().scenario().bad()) << "neither a page lost nor a hang";
+}
+
+INSTANTIATE_TEST_SUITE_P(Faults, NegativeControl, testing::ValuesIn(controls()),
+                         [](const auto &info) { return std::string(info.param.name); });
+
+class LeaveRelaxed : public testing::Test
+{
+  protected:
+    void SetUp() override
+    {
+        if (!under_tsan)
+            GTEST_SKIP() << "every store releases on x86: shown in the TSan build";
+        GTEST_FLAG_SET(death_test_style, "threadsafe");
+    }
+};
+using LeaveRelaxedDeathTest = LeaveRelaxed;
+
+TEST_F(LeaveRelaxedDeathTest, GreenAsItIs)
+{
+    EXPECT_EXIT(read_behind_leave(), testing::ExitedWithCode(0), "");
+}
+
+TEST_F(LeaveRelaxedDeathTest, RedWhenBroken)
+{
+    const Breaking breaking(Fault::leave_relaxed);
+    EXPECT_EXIT(read_behind_leave(), testing::ExitedWithCode(66), "data race");
+}
+
+} // namespace
+} // namespace dirtyring::test

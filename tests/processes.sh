@@ -1,0 +1,260 @@
+#!/bin/bash
+# Whole programs, as their users run them: processes.sh CASE BIN TRACES, with CASE one of the functions below; --list names them.
+set -euo pipefail
+
+fail()
+{
+    echo "FAILED: $*" >&2
+    exit 1
+}
+
+# A session of its own, so that what is still running at the end is ours.
+[ -n "${PROCESSES_SESSION-}" ] || [ "${1-}" = --list ] || PROCESSES_SESSION=1 exec setsid --wait "$0" "$@"
+
+# Everything a case writes lives in $dir; what it leaves elsewhere is a failure.
+dir=$(mktemp -d)
+service=
+clean_up()
+{
+    [ -z "$service" ] || kill "$service" 2>/dev/null || true
+    rm -rf "$dir"
+}
+trap clean_up EXIT
+
+# expect CODE SENTENCE COMMAND...: the exit code, and one line on stderr that matches the extended regular expression.
+expect()
+{
+    local code=$1 sentence=$2 got=0
+    shift 2
+    "$@" >"$dir/out" 2>"$dir/err" || got=$?
+    [ "$got" = "$code" ] || fail "exit code $got, expected $code, of: $* ($(cat "$dir/err"))"
+    grep -qE -- "$sentence" "$dir/err" || fail "no '$sentence' on stderr of: $* ($(cat "$dir/err"))"
+    no_remains "$*"
+}
+
+no_remains()
+{
+    local left
+    left=$(find /dev/shm -name '*dirtyring*' 2>/dev/null)
+    [ -z "$left" ] || fail "left in /dev/shm: $left, by: $1"
+    left=$(find "$TMPDIR" -mindepth 1 2>/dev/null)
+    [ -z "$left" ] || fail "left in the temporary directory: $left, by: $1"
+    left=$(pgrep -s 0 -x 'dirtyring|dirtyringd' | grep -vx "${service:-none}" || true)
+    [ -z "$left" ] || fail "still running: $left, after: $1"
+}
+
+# value JSON KEY: a number of the closing results.
+value()
+{
+    grep -oE "\"$2\": *[0-9.]+" "$1" | head -n 1 | grep -oE '[0-9.]+$'
+}
+
+at_least()
+{
+    awk -v have="$(value "$1" "$2")" -v want="$3" 'BEGIN { exit !(have >= want) }' || fail "$2 is $(value "$1" "$2"), expected at least $3"
+}
+
+# trace SPACE NAME OPTION...: both judges, three rounds, a thousand runs while devices were writing, and cmp.
+trace()
+{
+    local space=$1 name=$2
+    shift 2
+    "$bin/dirtyring" migrate --memory 512M --trace "$traces/$name.trace.gz" --speed 10 --loops 0 --bandwidth 300M \
+        --downtime-limit 20 --space "$space" --ram-dir "$dir" --json "$dir/json" "$@"
+    cmp "$dir/source.ram" "$dir/destination.ram"
+    local key
+    for key in differing_pages unreported_writes; do
+        [ "$(value "$dir/json" $key)" = 0 ] || fail "$key is not 0"
+    done
+    at_least "$dir/json" rounds 3
+    at_least "$dir/json" runs_while_writing 1001
+    no_remains migrate
+}
+
+migrate_oa() { trace oa guest-md5sum; }
+migrate_iova() { trace iova guest-md5sum; }
+migrate_viommu_oa() { trace oa guest-md5sum-viommu; }
+migrate_viommu_iova() { trace iova guest-md5sum-viommu --ring-entries 1024; }
+migrate_devices_and_shards() { trace oa guest-md5sum --devices 2 --ring-entries 64; }
+
+migrate_synthetic()
+{
+    local pattern
+    for pattern in sequential uniform hotset; do
+        "$bin/dirtyring" migrate --memory 64M --pattern $pattern --rate 20000 --devices 2 --seconds 1 --bandwidth 100M
+    done
+    no_remains synthetic
+}
+
+# What tracking saves: bytes against the fallback for devices that cannot be tracked.
+migrate_untracked()
+{
+    local load=(--memory 256M --pattern hotset --rate 5000 --seconds 1 --bandwidth 400M)
+    "$bin/dirtyring" migrate "${load[@]}" --json "$dir/tracked"
+    "$bin/dirtyring" migrate "${load[@]}" --json "$dir/untracked" --tracking none --no-device-tracking
+    at_least "$dir/untracked" bytes_sent $((2 * 256 * 1024 * 1024))
+    at_least "$dir/untracked" bytes_sent "$(value "$dir/tracked" bytes_sent)"
+}
+
+start_service()
+{
+    "$bin/dirtyringd" --socket-path "$dir/socket" --log-level warn "$@" &
+    service=$!
+    for _ in $(seq 100); do
+        [ ! -S "$dir/socket" ] || return 0
+        sleep 0.05
+    done
+    fail "the service did not open its socket"
+}
+
+stop_service()
+{
+    kill "$service"
+    wait "$service" || fail "the service ended with $?"
+    service=
+    [ ! -e "$dir/socket" ] || fail "the service left its socket"
+}
+
+migrate_with_running_service()
+{
+    start_service --walkers 2
+    local i
+    for i in 1 2; do
+        "$bin/dirtyring" migrate --memory 64M --pattern uniform --seconds 0.5 --shards 1 --socket-path "$dir/socket"
+    done
+    stop_service
+}
+
+bad_input()
+{
+    local tool=("$bin/dirtyring" migrate) trace
+    echo "12 W zz 8" >"$dir/wrong.trace"
+    echo "12 W ffffff000 8" >"$dir/outside.trace"
+    head -c 1000 "$traces/guest-md5sum.trace.gz" >"$dir/truncated.trace.gz"
+    : >"$dir/empty.trace"
+    expect 2 'wrong.trace:1: ' "${tool[@]}" --trace "$dir/wrong.trace"
+    expect 2 'outside.trace' "${tool[@]}" --trace "$dir/outside.trace" --memory 64M
+    expect 2 'truncated.trace.gz' "${tool[@]}" --trace "$dir/truncated.trace.gz"
+    expect 2 'empty.trace' "${tool[@]}" --trace "$dir/empty.trace"
+    expect 2 'missing.trace' "${tool[@]}" --trace "$dir/missing.trace"
+    expect 2 'memory' "${tool[@]}" --memory 0
+    expect 2 'memory' "${tool[@]}" --memory 100000T
+    expect 2 'memory' "${tool[@]}" --memory lots
+    expect 2 'pattern' "${tool[@]}" --pattern zigzag
+    expect 2 'no-such' "${tool[@]}" --no-such-option
+    expect 2 '' "$bin/dirtyring" nonsense
+    expect 1 'Dirty bits|tracking none' "${tool[@]}" --memory 64M --no-device-tracking --seconds 1
+    expect 1 'nobody-listens' "${tool[@]}" --memory 64M --socket-path "$dir/nobody-listens"
+    expect 2 'wrong.trace' "${tool[@]}" --memory 64M --seconds 0.2 --ram-dir "$dir/wrong.trace/x"
+    expect 2 'no-such-dir' "${tool[@]}" --memory 64M --seconds 0.2 --json "$dir/no-such-dir/json"
+}
+
+# Without permission on the socket; needs to be root to become somebody else.
+no_permission()
+{
+    [ "$(id -u)" = 0 ] || { echo "SKIPPED: not root, so nobody else to be"; exit 77; }
+    chmod 755 "$dir"
+    start_service
+    chmod 600 "$dir/socket"
+    expect 1 'socket.*[Pp]ermission denied' setpriv --reuid=65534 --clear-groups "$bin/dirtyring" migrate --memory 64M \
+        --seconds 0.2 --socket-path "$dir/socket"
+    stop_service
+}
+
+two_services_one_socket()
+{
+    start_service
+    local got=0
+    "$bin/dirtyringd" --socket-path "$dir/socket" 2>"$dir/err" || got=$?
+    [ $got = 1 ] && grep -q 'another service is listening' "$dir/err" || fail "the second service: exit code $got, $(cat "$dir/err")"
+    "$bin/dirtyring" migrate --memory 16M --pattern uniform --seconds 0.2 --socket-path "$dir/socket"
+    stop_service
+}
+
+# A migration of some seconds, in a session of its own.
+start_migration()
+{
+    setsid "$bin/dirtyring" migrate --memory 256M --pattern uniform --bandwidth 50M "$@" >"$dir/out" 2>"$dir/err" &
+    migration=$!
+}
+
+ends_with_1()
+{
+    local got=0
+    wait "$migration" || got=$?
+    [ $got = 1 ] || fail "exit code $got after $1: $(cat "$dir/err")"
+    [ "$(grep -c . "$dir/err")" = 1 ] || fail "expected one sentence after $1, got: $(cat "$dir/err")"
+    [ -z "$(pgrep -s "$migration" || true)" ] || fail "still running after $1: $(pgrep -s "$migration" -a)"
+    no_remains "$1"
+}
+
+# Ctrl-C at ten different moments: all processes of the run get it, as from a terminal.
+interrupted()
+{
+    local i
+    for i in 1 2 3 5 8 12 20 30 45 70; do
+        start_migration --ram-dir "$dir"
+        sleep "$(awk "BEGIN { print $i / 50 }")"
+        kill -INT -- "-$migration"
+        ends_with_1 "an interrupt at $i/50 s"
+        no_remains "interrupt at $i/50 s"
+    done
+}
+
+# One part of a run dies: the others end, and one sentence says which.
+a_part_killed()
+{
+    local part
+    for part in dirtyringd destination source device; do
+        start_migration
+        sleep 0.8
+        kill -KILL "$(pgrep -P "$migration" "^$part")"
+        ends_with_1 "the kill of $part"
+    done
+}
+
+examples()
+{
+    start_service
+    "$bin/vmm" "$dir/socket" 100 >"$dir/vmm" &
+    local vmm=$!
+    local words
+    for _ in $(seq 100); do
+        read -r -a words <"$dir/vmm" || true
+        [ ${#words[@]} -lt 4 ] || break
+        sleep 0.05
+    done
+    "$bin/device" "$dir/socket" "${words[1]}" "${words[3]}" 1000 1
+    wait $vmm || fail "vmm ended with $?"
+
+    "$bin/uring_consumer" "$dir/socket" 100 >"$dir/consumer" &
+    vmm=$!
+    words=()
+    for _ in $(seq 100); do
+        read -r -a words <"$dir/consumer" || true
+        [ ${#words[@]} -lt 4 ] || break
+        sleep 0.05
+    done
+    "$bin/device" "$dir/socket" "${words[1]}" "${words[3]}" 1000 1
+    wait $vmm || fail "uring_consumer ended with $?"
+    stop_service
+}
+
+cases=(migrate_oa migrate_iova migrate_viommu_oa migrate_viommu_iova migrate_devices_and_shards migrate_synthetic
+    migrate_untracked migrate_with_running_service bad_input no_permission two_services_one_socket interrupted a_part_killed
+    examples)
+if [ "${1-}" = --list ]; then
+    printf '%s\n' "${cases[@]}"
+    exit 0
+fi
+[ $# = 3 ] || { echo "usage: processes.sh CASE BIN TRACES" >&2; exit 2; }
+bin=$2
+traces=$3
+# The tool's own temporary files go where the case can see what is left.
+mkdir "$dir/tmp"
+export TMPDIR=$dir/tmp
+repeat=1
+[ -z "${DIRTYRING_FULL-}" ] || repeat=10
+for _ in $(seq $repeat); do
+    "$1"
+done

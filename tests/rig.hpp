@@ -1,0 +1,245 @@
+// An hwpt within the test's process: its regions as the service makes them, its shards, rings and their consumer, the guest's
+// memory and device threads. Everything has one mapping for all parties, so that TSan sees what they share. One thread,
+// unless a member says otherwise.
+#pragma once
+
+#include "client/retained_map.hpp"
+#include "iommu/dma.hpp"
+#include "iommu/format_amdv1.hpp"
+#include "ring/consumer.hpp"
+#include "ring/control.h"
+#include "ring/region.hpp"
+#include "service/shard.hpp"
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace dirtyring::test {
+
+inline constexpr std::uint64_t page_size = DR_PAGE;
+inline constexpr std::uint64_t KiB = 1024;
+inline constexpr std::uint64_t MiB = 1024 * KiB;
+inline constexpr std::uint64_t GiB = 1024 * MiB;
+inline constexpr iommu::Rights read_write{true, true};
+
+#if defined(__SANITIZE_THREAD__)
+inline constexpr bool under_tsan = true;
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+inline constexpr bool under_tsan = true;
+#else
+inline constexpr bool under_tsan = false;
+#endif
+#else
+inline constexpr bool under_tsan = false;
+#endif
+
+using Harvest = service::ShardOp::Harvest;
+using OpKind = service::ShardOp::Kind;
+using Device = iommu::DmaThread<iommu::AmdV1>;
+
+struct Op final : service::ShardOp {
+    void done() override { finished.store(true, std::memory_order_release); }
+    [[nodiscard]] bool over() const { return finished.load(std::memory_order_acquire); }
+    std::atomic<bool> finished{false};
+    unsigned shard = 0;
+};
+
+// Private memory that is there once it is touched.
+class Memory
+{
+  public:
+    explicit Memory(std::uint64_t size);
+    Memory(const Memory &) = delete;
+    ~Memory();
+    [[nodiscard]] std::byte *data() const { return data_; }
+    [[nodiscard]] std::uint64_t size() const { return size_; }
+
+  private:
+    std::byte *data_;
+    std::uint64_t size_;
+};
+
+// True: the page differed. Devices may be writing to it, as in every migration: what they write later is reported later.
+bool copy_page(std::byte *to, const std::byte *from);
+
+// A word that another thread may be writing.
+std::uint64_t peek_word(const std::byte *at);
+
+struct RigOptions {
+    unsigned aperture_lg2 = 39;
+    unsigned shards = 1;
+    unsigned leaf_lg2_max = iommu::largest_leaf_lg2;
+    dr_space space = DR_SPACE_OA;
+    std::uint64_t capacity = 1024;
+    std::uint64_t min_interval_ns = 0;
+    std::uint64_t memory = 64 * MiB; // of the guest, from OA 0
+    unsigned devices = 2;            // one thread each
+};
+
+class Rig
+{
+  public:
+    explicit Rig(const RigOptions &options = {});
+    Rig(const Rig &) = delete;
+
+    // ---- walker
+
+    service::Shard &shard(unsigned i = 0) { return *shards_[i].shard; }
+    [[nodiscard]] unsigned shards() const { return options_.shards; }
+    [[nodiscard]] unsigned shard_of(std::uint64_t iova) const { return static_cast<unsigned>(iova >> geometry.slice_lg2); }
+    bool step(unsigned i = 0) { return shards_[i].shard->step(now += 1000); }
+    bool step_all();
+    // Steps all shards until there is nothing to do at once. False: there always is something.
+    bool settle();
+
+    // ---- operations; the memory of each stays until the end of the rig
+
+    // Gives an operation to its walker, and what the VMM does while it waits; for walkers in threads of their own. `proceed`
+    // answers false when patience is at an end.
+    std::function<void(Op &)> deliver;
+    std::function<bool()> proceed;
+
+    Op &submit(unsigned shard, OpKind kind);
+    Op &submit_map(std::uint64_t iova, std::uint64_t length, std::uint64_t oa, iommu::Rights rights = read_write);
+    Op &submit_unmap(std::uint64_t iova, std::uint64_t length, Harvest harvest = Harvest::now);
+    // What the VMM notes once the reply is there.
+    void note_mapped(const Op &op);
+    void note_unmapped(const Op &op);
+    // Proceeds, and drains if asked, until it is done. False: it hangs.
+    bool run(const Op &op, bool draining = true);
+
+    // These split at slices, drain, and repeat what is answered with AGAIN. 0 or -errno; -ETIMEDOUT: a hang.
+    int map(std::uint64_t iova, std::uint64_t length, std::uint64_t oa, iommu::Rights rights = read_write);
+    int unmap(std::uint64_t iova, std::uint64_t length, Harvest harvest = Harvest::now);
+    int enable();
+    int disable();
+    // All shards; ends when the markers are read.
+    int sync();
+
+    // ---- consumer
+
+    // Reads at most `max` entries of a ring, and no more than it can hold, and copies the pages. How many.
+    std::uint64_t drain(unsigned shard, std::uint64_t max = UINT64_MAX);
+    std::uint64_t drain();
+    ring::Consumer<std::uint64_t> &consumer(unsigned i = 0) { return *shards_[i].consumer; }
+    // Copies all pages ever written: what a VMM does when tracking begins.
+    void copy_all();
+
+    // ---- devices
+
+    Device &device(unsigned i = 0) { return *devices_[i]; }
+    [[nodiscard]] std::span<dr_cell> cells(unsigned device);
+    [[nodiscard]] dr_cell *cell(unsigned device) { return cells(device).data(); }
+    // In a section of its own, each word a new value.
+    iommu::DmaFault write(unsigned device, std::uint64_t iova, std::uint64_t length);
+    iommu::DmaFault read(unsigned device, std::uint64_t iova, std::uint64_t length);
+    // The same within the caller's section.
+    iommu::DmaFault write_inside(unsigned device, std::uint64_t iova, std::uint64_t length);
+    void attach(unsigned device);
+    void detach(unsigned device);
+    void bury(unsigned device);
+
+    // ---- oracle
+
+    // Pages written whose copy differs; right when no device is inside and after a sync.
+    [[nodiscard]] std::uint64_t lost() const;
+    [[nodiscard]] bool is_dirty(std::uint64_t iova);
+
+    // Where each ring and sync stands, for a message.
+    [[nodiscard]] std::string describe();
+
+    // The shared memory, for hostile writers.
+    [[nodiscard]] std::byte *tables_memory() const { return tables_region_.map.data(); }
+    [[nodiscard]] std::uint64_t *entry(std::uint64_t iova, unsigned level) const;
+    [[nodiscard]] dr_ring_producer *producer_memory(unsigned i = 0) const { return shards_[i].producer_region.map.as<dr_ring_producer>(); }
+    [[nodiscard]] dr_ring_consumer *consumer_memory(unsigned i = 0) const { return shards_[i].consumer_region.map.as<dr_ring_consumer>(); }
+    [[nodiscard]] std::uint64_t generation(std::uint64_t iova) const { return view.generation(iova); }
+
+    dr_translation_header geometry;
+    iommu::TranslationView view;
+    iommu::GuestMemory guest;
+    Memory source;
+    Memory destination;
+    std::uint64_t now = 1'000'000'000; // ns, virtual
+    std::uint64_t present_steps = UINT64_MAX; // make_present fails once these are used up
+    iommu::ExtentMap ioas;                    // what is mapped
+    std::uint64_t kicked = 0;                 // bit i: the consumer kicked shard i
+    std::uint64_t rung = 0;                   // bit i: a device rang shard i
+
+    std::uint64_t runs = 0;
+    std::uint64_t pages_reported = 0;
+    std::uint64_t over_reported = 0;  // the page was equal
+    std::uint64_t stray = 0;          // runs that name what is not mapped, or no memory
+    std::uint64_t epoch = 0;
+    std::uint64_t cookie = 0;
+    std::vector<std::uint64_t> log; // entries, if wanted
+    bool logging = false;
+    struct PerShard {
+        ring::Region producer_region;
+        ring::Region consumer_region;
+        std::unique_ptr<service::Shard> shard;
+        std::optional<ring::Consumer<std::uint64_t>> consumer;
+        std::uint64_t calls = 0;
+        std::uint64_t synced = UINT64_MAX; // the last cookie read
+        std::uint64_t passed = 0;          // the last epoch read
+        bool ended = false;
+    };
+    PerShard &state(unsigned i = 0) { return shards_[i]; }
+
+  private:
+    template <class Over> bool wait_for(Over over);
+    void take(unsigned shard, std::uint64_t entry);
+    void copy(std::uint64_t oa, std::uint64_t length);
+    template <class Visit> void for_slices(std::uint64_t iova, std::uint64_t length, Visit visit) const;
+
+    RigOptions options_;
+    ring::Region tables_region_;
+    ring::Region translation_region_;
+    ring::Region cells_region_;
+    std::vector<PerShard> shards_;
+    std::deque<Op> ops_;
+    std::vector<std::unique_ptr<Device>> devices_;
+    RetainedMap retained_;
+    std::uint64_t stamp_ = 0;
+    std::set<std::uint64_t> written_; // OA pages
+    std::vector<std::uint64_t> buffer_;
+};
+
+// The walker as it sleeps and wakes: it runs when it is kicked, rung, or when its time has come.
+class SleepyWalker
+{
+  public:
+    explicit SleepyWalker(Rig &rig) : rig_(rig) {}
+
+    // Works until it sleeps. False: it never does.
+    bool run();
+    // As run, but `between` happens after the last look at the shards and before the walker raises its flags.
+    template <class Between> bool run_with(Between between)
+    {
+        wake();
+        rig_.settle();
+        between();
+        return prepare() || run();
+    }
+    // Delivers kicks, doorbells and timers until nothing more comes: it is asleep, and only a peer can end that.
+    bool run_until_idle();
+
+    [[nodiscard]] std::uint64_t wake_at() const { return until_; }
+
+  private:
+    void wake();
+    bool prepare(); // true: sleep
+
+    Rig &rig_;
+    std::uint64_t until_ = 0;
+};
+
+} // namespace dirtyring::test

@@ -1,0 +1,153 @@
+// Leaves become runs: as long as they can be, never longer than an entry holds, never into what is staged.
+#include "service/run_writer.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <rapidcheck.h>
+
+#include <vector>
+
+namespace dirtyring::service {
+namespace {
+
+using testing::ElementsAre;
+
+constexpr std::uint64_t page = DR_PAGE;
+constexpr std::uint64_t large = page << DR_LARGE_UNIT_LG2;
+
+class Output
+{
+  public:
+    explicit Output(std::uint64_t capacity)
+        : memory_(ring::producer_region_size(capacity, 8) / sizeof(dr_ring_producer))
+    {
+        dr_ring_header header{};
+        header.capacity = capacity;
+        header.entry_size = 8;
+        ring::make_producer_region(memory_.data(), header);
+        ring.emplace(memory_.data(), &consumer_);
+    }
+    [[nodiscard]] std::vector<std::uint64_t> staged() const
+    {
+        const auto *entries = reinterpret_cast<const std::uint64_t *>(memory_.data() + 1);
+        return {entries, entries + ring->staged()};
+    }
+    std::optional<ring::Producer<std::uint64_t>> ring;
+
+  private:
+    std::vector<dr_ring_producer> memory_;
+    dr_ring_consumer consumer_{};
+};
+
+std::uint64_t run(std::uint64_t address, std::uint32_t n, bool is_large = false)
+{
+    return dr_run(address >> DR_PAGE_LG2, is_large, n);
+}
+
+TEST(RunWriter, JoinsNeighbours)
+{
+    Output out(64);
+    RunWriter w(*out.ring, 60);
+    for (const std::uint64_t i : {3, 4, 5, 7, 8, 1, 2}) // forwards only
+        EXPECT_TRUE(w.add(i * page, page));
+    EXPECT_EQ(w.stage(), 3u);
+    EXPECT_THAT(out.staged(), ElementsAre(run(3 * page, 3), run(7 * page, 2), run(page, 2)));
+}
+
+TEST(RunWriter, EndsARunAt2047)
+{
+    Output out(64);
+    RunWriter w(*out.ring, 60);
+    for (std::uint64_t i = 0; i < 2 * 2047 + 1; ++i)
+        EXPECT_TRUE(w.add(i * page, page));
+    w.stage();
+    EXPECT_THAT(out.staged(), ElementsAre(run(0, 2047), run(2047 * page, 2047), run(2 * 2047 * page, 1)));
+}
+
+TEST(RunWriter, LargeUnits)
+{
+    Output out(64);
+    RunWriter w(*out.ring, 60);
+    EXPECT_TRUE(w.add(0, large));
+    EXPECT_TRUE(w.add(large, 512 * large)); // 1 GiB, not aligned to itself
+    EXPECT_TRUE(w.add(513 * large, page)); // smaller: another unit
+    EXPECT_TRUE(w.add(513 * large + page, page));
+    EXPECT_TRUE(w.add(514 * large, large));
+    w.stage();
+    EXPECT_THAT(out.staged(), ElementsAre(run(0, 513, true), run(513 * large, 2), run(514 * large, 1, true)));
+}
+
+TEST(RunWriter, LargeLeafAtAnUnalignedAddressIsCountedInPages)
+{
+    Output out(64);
+    RunWriter w(*out.ring, 60);
+    EXPECT_TRUE(w.add(large + 3 * page, large));
+    w.stage();
+    EXPECT_THAT(out.staged(), ElementsAre(run(large + 3 * page, 512)));
+}
+
+TEST(RunWriter, LongerThanOneEntry)
+{
+    Output out(16);
+    RunWriter w(*out.ring, 2);
+    EXPECT_FALSE(w.add(page, 2 * 2047 * page + page)) << "three entries";
+    EXPECT_TRUE(w.add(page, 2047 * page + page));
+    EXPECT_TRUE(w.add(2049 * page, page)) << "the last run grows";
+    EXPECT_FALSE(w.add(0, page));
+    w.stage();
+    EXPECT_THAT(out.staged(), ElementsAre(run(page, 2047), run(2048 * page, 2)));
+}
+
+TEST(RunWriter, ARunNeverGrowsIntoWhatIsStaged)
+{
+    Output out(16);
+    RunWriter w(*out.ring, 3);
+    EXPECT_TRUE(w.add(0, page));
+    EXPECT_EQ(w.stage(), 1u);
+    EXPECT_TRUE(w.add(page, page));
+    EXPECT_EQ(w.stage(), 1u);
+    EXPECT_EQ(w.stage(), 0u);
+    EXPECT_TRUE(w.add(2 * page, page));
+    EXPECT_FALSE(w.add(9 * page, page)) << "three slots in all";
+    w.stage();
+    EXPECT_THAT(out.staged(), ElementsAre(run(0, 1), run(page, 1), run(2 * page, 1)));
+}
+
+// Whatever leaves come in, the entries name exactly them, in order, and in as many slots as it says.
+TEST(RunWriter, NamesExactlyWhatWasAdded)
+{
+    EXPECT_TRUE(rc::check([] {
+        const auto slots = *rc::gen::inRange<std::uint64_t>(0, 60);
+        const auto steps = *rc::gen::container<std::vector<std::pair<std::uint64_t, int>>>(
+            rc::gen::pair(rc::gen::inRange<std::uint64_t>(0, 40), rc::gen::inRange(0, 8)));
+        Output out(64);
+        RunWriter w(*out.ring, slots);
+        std::vector<std::uint64_t> wanted; // pages
+        std::uint64_t at = 0;
+        for (const auto &[gap, what] : steps) {
+            if (what == 7)
+                w.stage();
+            const bool is_large = what >= 5;
+            at = gap < 20 ? at : at + (gap - 20) * page;
+            at = is_large ? (at + large - 1) / large * large : at;
+            const std::uint64_t length = is_large ? large : page;
+            if (!w.add(at, length))
+                break;
+            for (std::uint64_t p = at; p < at + length; p += page)
+                wanted.push_back(p);
+            at += length;
+        }
+        w.stage();
+        std::vector<std::uint64_t> named;
+        RC_ASSERT(out.staged().size() <= slots);
+        for (const std::uint64_t e : out.staged()) {
+            RC_ASSERT(!dr_is_marker(e));
+            for (std::uint64_t p = dr_run_address(e); p < dr_run_address(e) + dr_run_length(e); p += page)
+                named.push_back(p);
+        }
+        RC_ASSERT(named == wanted);
+    }));
+}
+
+} // namespace
+} // namespace dirtyring::service

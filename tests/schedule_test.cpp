@@ -1,0 +1,363 @@
+// Schedules at random, in one thread, so that a seed repeats: whichever device, walker or VMM is at its turn takes a small step, also in
+// between two instructions of another (iommu/fault.hpp names the places). The oracle is that of property_test.cpp. That the search is worth
+// its time, it shows itself: with a rule broken it must find a loss.
+#include "tests/hook.hpp"
+#include "tests/oracle.hpp"
+#include "tests/rig.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <deque>
+#include <random>
+#include <string>
+
+namespace dirtyring::test {
+namespace {
+
+class Schedule
+{
+  public:
+    explicit Schedule(std::uint64_t seed)
+        : random_(seed), layout_{below(2) == 0 ? 1u : 2u},
+          rig_({.aperture_lg2 = layout_.aperture_lg2(),
+                .shards = layout_.shards,
+                .leaf_lg2_max = below(2) == 0 ? 12u : 30u,
+                .space = below(2) == 0 ? DR_SPACE_OA : DR_SPACE_IOVA,
+                .capacity = 8ull << below(3),
+                .memory = Layout::memory,
+                .devices = devices}),
+          oracle_(rig_, layout_, devices)
+    {
+        at_point = [this](Point p) { interfere(p); };
+    }
+    Schedule(const Schedule &) = delete;
+    ~Schedule() { at_point = nullptr; }
+
+    // What went wrong; empty: nothing.
+    std::string run(unsigned steps)
+    {
+        calm_ = true;
+        if (rig_.enable() != 0)
+            return "enable hangs";
+        calm_ = false;
+        for (unsigned i = 0; i < steps && wrong_.empty(); ++i)
+            act();
+        calm_ = true;
+        for (unsigned d = 0; d < devices; ++d) {
+            if (state_[d].inside && !state_[d].dead)
+                leave(d);
+            if (state_[d].dead && !state_[d].buried)
+                rig_.bury(d);
+        }
+        for (unsigned i = 0; i < 2000 && !flights_.empty() && wrong_.empty(); ++i) {
+            rig_.step_all();
+            rig_.drain();
+            poll();
+        }
+        const Oracle::Snapshot before = oracle_.completed();
+        if (wrong_.empty() && (!flights_.empty() || rig_.sync() != 0))
+            wrong_ = "hang: " + rig_.describe();
+        if (wrong_.empty() && oracle_.missing(before) != 0)
+            wrong_ = "lost at the end";
+        if (wrong_.empty() && rig_.stray != 0)
+            wrong_ = "a run names what is not mapped";
+        return wrong_;
+    }
+
+    [[nodiscard]] std::uint64_t writes() const { return oracle_.writes(); }
+    [[nodiscard]] std::uint64_t syncs() const { return syncs_; }
+    [[nodiscard]] std::uint64_t over_reported() const { return rig_.over_reported; }
+
+  private:
+    static constexpr unsigned devices = 3;
+    struct Death {
+    };
+    struct DeviceState {
+        bool inside = false;
+        bool busy = false; // on the stack
+        bool dead = false;
+        bool buried = false;
+        Oracle::Write write;
+    };
+    struct Flight {
+        Op *op; // of a sync: the last shard's
+        OpKind kind;
+        unsigned block = 0;
+        std::uint64_t cookie = 0;
+        Oracle::Snapshot before;
+    };
+
+    std::uint64_t below(std::uint64_t n) { return random_() % n; }
+
+    // ---- turns
+
+    void interfere(Point p)
+    {
+        if (calm_)
+            return;
+        if (p == Point::device_between_dirty_and_summary && depth_ == 0 && writer_ < devices && below(400) == 0)
+            throw Death{};
+        if (depth_ >= 2)
+            return;
+        ++depth_;
+        const unsigned writer = std::exchange(writer_, devices);
+        for (std::uint64_t n = below(5); n > 0 && wrong_.empty(); --n)
+            act();
+        writer_ = writer;
+        --depth_;
+    }
+
+    void act()
+    {
+        switch (below(10)) {
+        case 0:
+        case 1:
+        case 2:
+        case 3:
+            return device(static_cast<unsigned>(below(devices)));
+        case 4:
+        case 5:
+        case 6:
+            return walk();
+        case 7:
+        case 8:
+            rig_.drain(static_cast<unsigned>(below(rig_.shards())), below(2) == 0 ? UINT64_MAX : below(3) + 1);
+            return poll();
+        default:
+            poll();
+            return below(6) == 0 ? start_sync() : below(30) == 0 ? restart_tracking() : change_map();
+        }
+    }
+
+    void walk()
+    {
+        if (walking_)
+            return;
+        walking_ = true;
+        for (unsigned d = 0; d < devices; ++d) {
+            if (state_[d].dead && !state_[d].buried && below(8) == 0) {
+                rig_.bury(d);
+                state_[d].buried = true;
+            }
+        }
+        for (std::uint64_t n = below(6) + 1; n > 0; --n)
+            rig_.step(static_cast<unsigned>(below(rig_.shards())));
+        walking_ = false;
+    }
+
+    // ---- devices
+
+    void device(unsigned d)
+    {
+        DeviceState &s = state_[d];
+        if (s.dead || s.busy)
+            return;
+        s.busy = true;
+        if (!s.inside) {
+            s.write = oracle_.begin(d);
+            rig_.device(d).enter();
+            s.inside = true;
+        }
+        if (below(3) != 0) {
+            const auto block = static_cast<unsigned>(below(4));
+            const unsigned writer = std::exchange(writer_, d);
+            try {
+                oracle_.write(d, s.write, block, below(3) == 0 ? below(1024) : 2 * below(8));
+            } catch (const Death &) {
+                s.dead = true;
+                s.inside = false;
+            }
+            writer_ = writer;
+        }
+        s.busy = false;
+        if (s.inside && below(2) == 0)
+            leave(d);
+    }
+
+    void leave(unsigned d)
+    {
+        DeviceState &s = state_[d];
+        static_cast<void>(rig_.device(d).leave());
+        oracle_.complete(d, s.write);
+        s.inside = false;
+    }
+
+    // ---- the VMM
+
+    [[nodiscard]] bool in_flight(unsigned block) const
+    {
+        return std::any_of(flights_.begin(), flights_.end(), [&](const Flight &f) {
+            return f.kind != OpKind::sync && f.block == block;
+        });
+    }
+    [[nodiscard]] bool syncing() const
+    {
+        return std::any_of(flights_.begin(), flights_.end(), [](const Flight &f) { return f.kind == OpKind::sync; });
+    }
+
+    void change_map()
+    {
+        const auto block = static_cast<unsigned>(below(4));
+        if (walking_ || in_flight(block))
+            return;
+        const std::uint64_t start = layout_.iova(block);
+        const std::uint64_t end = start + Layout::block_size;
+        if (const auto e = rig_.ioas.first_in(start, end); e) {
+            const std::uint64_t kind = below(8);
+            const bool one = below(2) == 0;
+            flights_.push_back({&rig_.submit_unmap(one ? e->start : start, one ? e->end - e->start : Layout::block_size,
+                                                   kind == 0  ? Harvest::discard
+                                                   : kind < 3 ? Harvest::deferred
+                                                              : Harvest::now),
+                                OpKind::unmap, block, 0, {}});
+            return;
+        }
+        const auto place = static_cast<unsigned>(below(Layout::places));
+        const std::uint64_t from = below(2) == 0 ? 0 : below(32) * page_size;
+        const std::uint64_t length = below(2) == 0 ? Layout::block_size - from : (below(600) + 1) * page_size;
+        flights_.push_back({&rig_.submit_map(start + from, std::min(length, Layout::block_size - from),
+                                             Layout::oa(block, place) + from),
+                            OpKind::map, block, 0, {}});
+    }
+
+    void start_sync()
+    {
+        if (walking_)
+            return;
+        Oracle::Snapshot before = oracle_.completed();
+        const std::uint64_t cookie = ++rig_.cookie;
+        Op *op = nullptr;
+        for (unsigned i = 0; i < rig_.shards(); ++i)
+            op = &rig_.submit(i, OpKind::sync);
+        flights_.push_back({op, OpKind::sync, 0, cookie, std::move(before)});
+    }
+
+    // Alone, as the control plane sees to it.
+    void restart_tracking()
+    {
+        const bool quiet = depth_ == 0 && !syncing() &&
+                           std::none_of(state_.begin(), state_.end(), [](const DeviceState &s) { return s.inside || s.dead; });
+        if (!quiet)
+            return;
+        calm_ = true;
+        if (rig_.disable() != 0 || rig_.enable() != 0)
+            wrong_ = "tracking hangs";
+        calm_ = false;
+        oracle_.copy_all();
+    }
+
+    void poll()
+    {
+        poll_for(false); // a discard may have overtaken a sync
+        poll_for(true);
+    }
+
+    void poll_for(bool syncs)
+    {
+        for (auto f = flights_.begin(); f != flights_.end() && wrong_.empty();) {
+            bool over = f->op->over() && (f->kind == OpKind::sync) == syncs;
+            if (f->kind == OpKind::sync) {
+                for (unsigned i = 0; i < rig_.shards(); ++i)
+                    over &= rig_.state(i).synced != UINT64_MAX && rig_.state(i).synced >= f->cookie;
+            }
+            if (!over) {
+                ++f;
+                continue;
+            }
+            finish(*f);
+            f = flights_.erase(f);
+        }
+    }
+
+    void finish(const Flight &f)
+    {
+        const Op &op = *f.op;
+        switch (f.kind) {
+        case OpKind::map:
+            if (op.result != 0)
+                wrong_ = "map fails";
+            return rig_.note_mapped(op);
+        case OpKind::unmap:
+            if (op.result != 0 && op.result != -EAGAIN)
+                wrong_ = "unmap fails";
+            if (op.harvest == Harvest::discard) {
+                rig_.ioas.for_each([&](const iommu::Extent &e) {
+                    const std::uint64_t from = std::max(e.start, op.start);
+                    const std::uint64_t to = std::min(e.end, op.reached);
+                    if (from < to)
+                        oracle_.forgive(e.oa + (from - e.start), to - from);
+                });
+            }
+            return rig_.note_unmapped(op);
+        default:
+            ++syncs_;
+            if (const std::uint64_t n = oracle_.missing(f.before); n != 0)
+                wrong_ = std::to_string(n) + " lost at sync " + std::to_string(f.cookie);
+        }
+    }
+
+    std::mt19937_64 random_;
+    Layout layout_;
+    Rig rig_;
+    Oracle oracle_;
+    std::vector<DeviceState> state_ = std::vector<DeviceState>(devices);
+    std::deque<Flight> flights_;
+    unsigned depth_ = 0;
+    unsigned writer_ = devices; // the device whose write is the innermost on the stack
+    bool walking_ = false;
+    bool calm_ = false; // one after the other
+    std::uint64_t syncs_ = 0;
+    std::string wrong_;
+};
+
+constexpr unsigned steps = 1500;
+
+TEST(Schedules, LoseNothing)
+{
+    const std::uint64_t first = chosen_seed(1);
+    const unsigned count = std::getenv("DIRTYRING_SEED") != nullptr ? 1 : full_length() ? 20'000 : under_tsan ? 100 : 300;
+    std::uint64_t writes = 0;
+    std::uint64_t syncs = 0;
+    std::uint64_t over = 0;
+    for (std::uint64_t seed = first; seed < first + count; ++seed) {
+        Schedule s(seed);
+        ASSERT_EQ(s.run(steps), "") << "DIRTYRING_SEED=" << seed;
+        writes += s.writes();
+        syncs += s.syncs();
+        over += s.over_reported();
+    }
+    std::printf("[   counts ] %llu writes, %llu syncs, %llu pages over-reported\n", static_cast<unsigned long long>(writes),
+                static_cast<unsigned long long>(syncs), static_cast<unsigned long long>(over));
+}
+
+class BrokenSchedules : public testing::TestWithParam<std::pair<const char *, Fault>>
+{
+};
+
+TEST_P(BrokenSchedules, LoseSomething)
+{
+    const Breaking breaking(GetParam().second);
+    for (std::uint64_t seed = 1; seed <= 1000; ++seed) {
+        if (const std::string wrong = Schedule(seed).run(steps); !wrong.empty()) {
+            std::printf("[     found ] seed %llu: %s\n", static_cast<unsigned long long>(seed), wrong.c_str());
+            return;
+        }
+    }
+    FAIL() << "nothing found";
+}
+
+INSTANTIATE_TEST_SUITE_P(Faults, BrokenSchedules,
+                         testing::Values(std::pair{"tag_after_walk", Fault::tag_after_walk},
+                                         std::pair{"iotlb_across_regions", Fault::iotlb_across_regions},
+                                         std::pair{"summary_without_order", Fault::summary_without_order},
+                                         std::pair{"no_grace", Fault::no_grace},
+                                         std::pair{"publish_before_advance", Fault::publish_before_advance},
+                                         std::pair{"no_leading_grace", Fault::no_leading_grace},
+                                         std::pair{"unmap_without_grace", Fault::unmap_without_grace},
+                                         std::pair{"enable_without_advance", Fault::enable_without_advance},
+                                         std::pair{"no_full_scan_on_death", Fault::no_full_scan_on_death}),
+                         [](const auto &info) { return std::string(info.param.first); });
+
+} // namespace
+} // namespace dirtyring::test
