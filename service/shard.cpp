@@ -355,7 +355,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         }
         note_full(full);
         if (taken_.empty())
-            return budget == 0;
+            return (full && publish()) || budget == 0; // a consumer cannot make room of what it does not see
         pass_found_ = true;
         stage(runs);
         for (const Taken &t : taken_)
@@ -386,7 +386,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             [[fallthrough]];
         case SyncPhase::marker:
             if (ring_->room() == 0)
-                return false;
+                return publish();
             put_marker(DR_MARKER_SYNC, sync.op->cookie);
             publish();
             ShardOp &op = *sync.op;

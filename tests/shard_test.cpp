@@ -295,6 +295,22 @@ TEST(Sync, WaitsForRoomAndUsesTheMarkersSlots)
     EXPECT_TRUE(rig.run(*ops[4], false));
 }
 
+// Runs that are staged and not published are no reason to wait: the consumer cannot make room of what it does not see.
+TEST(Sync, GoesOnBehindDeferredRunsThatFillTheRing)
+{
+    Rig rig(small_leaves(DR_SPACE_OA, 16));
+    ASSERT_EQ(rig.map(0, 2 * MiB, 0), 0);
+    ASSERT_EQ(rig.map(2 * MiB, 2 * MiB, 2 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    write_apart(rig, 0, 12);
+    ASSERT_TRUE(rig.run(rig.submit_unmap(0, 2 * MiB, Harvest::deferred), false));
+    rig.write(0, 2 * MiB, 8);
+    const Op &sync = rig.submit(0, OpKind::sync);
+    for (unsigned i = 0; i < 4 && !rig.run(sync, false); ++i)
+        rig.drain();
+    EXPECT_TRUE(sync.over());
+}
+
 TEST(Sync, AlternatesWithOperations)
 {
     Rig rig(small_leaves());

@@ -31,17 +31,6 @@ struct alignas(DR_LINE_PAIR) Count {
 };
 
 struct Control {
-    // The first failure. Whoever turns `failure` from 0 to 1 writes the sentence and stores 2 (release; the parent
-    // acquires).
-    std::atomic<std::uint32_t> failure;
-    char sentence[1024];
-
-    // Stored by the source before it moves on to `attaching`; read by the devices after they saw that.
-    std::uint8_t token[DR_TOKEN_BYTES];
-    std::uint32_t hwpt;
-    // The same for `running`: when time 0 of the devices' load was, CLOCK_MONOTONIC.
-    std::uint64_t start_ns;
-
     // All of these are waited for under a Bell, hence seq_cst; each release-acquire pair they form carries what is said
     // above.
     std::atomic<Phase> phase;
@@ -54,13 +43,24 @@ struct Control {
     Count tick;
 
     // Flags of the bells.
-    alignas(DR_LINE_PAIR) std::atomic<std::uint32_t> source_asleep;
+    std::atomic<std::uint32_t> source_asleep;
     std::atomic<std::uint32_t> mapper_asleep;
     std::atomic<std::uint32_t> device_asleep[devices_max];
 
+    // The first failure. Whoever turns `failure` from 0 to 1 writes the sentence and stores 2 (release; the parent
+    // acquires).
+    std::atomic<std::uint32_t> failure;
+    char sentence[1024];
+
+    // Stored by the source before it moves on to `attaching`; read by the devices after they saw that.
+    std::uint8_t token[DR_TOKEN_BYTES];
+    std::uint32_t hwpt;
+    // The same for `running`: when time 0 of the devices' load was, CLOCK_MONOTONIC.
+    std::uint64_t start_ns;
+
     // Statistics, by the source for the parent: relaxed while it runs, exact once it has ended. rounds_done is stored
     // with release behind its round and loaded with acquire.
-    alignas(DR_LINE_PAIR) std::atomic<std::uint64_t> pages_copied;
+    std::atomic<std::uint64_t> pages_copied;
     std::atomic<std::uint64_t> pages_remaining;
     std::atomic<std::uint64_t> pages_reported;
     std::atomic<std::uint64_t> over_reported;
