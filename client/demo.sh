@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 echo "building…"
 cmake --preset release >/dev/null
-cmake --build --preset release --parallel "$(nproc)" -- --quiet
+cmake --build --preset release --parallel "$(nproc)" --target dirtyringd dirtyring_tool -- --quiet
 
 migrate()
 {
@@ -14,6 +14,6 @@ migrate()
     echo "\$ dirtyring migrate $*"
     build/release/bin/dirtyring migrate "$@"
 }
-migrate --memory 512M --trace perf/traces/guest-md5sum.trace.gz --speed 10
-migrate --memory 512M --trace perf/traces/guest-md5sum-viommu.trace.gz --speed 10
-migrate --memory 256M --pattern hotset --devices 2 --rate 20000 --seconds 3
+migrate --memory 512M --trace perf/traces/guest-md5sum.trace.gz --speed 10 --loops 0 --bandwidth 300M --downtime-limit 20
+migrate --memory 512M --trace perf/traces/guest-md5sum-viommu.trace.gz --speed 10 --loops 0 --bandwidth 300M --downtime-limit 20
+migrate --memory 256M --pattern hotset --devices 2 --rate 20000 --seconds 3 --bandwidth 200M --downtime-limit 20

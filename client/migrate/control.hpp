@@ -31,16 +31,15 @@ struct alignas(DR_LINE_PAIR) Count {
 };
 
 struct Control {
-    // All of these are waited for under a Bell, hence seq_cst; each release-acquire pair they form carries what is said
-    // above.
+    // All down to the flags of the bells is waited for under a Bell, hence seq_cst; each release-acquire pair it forms
+    // carries what is said below.
+    Count maps_done;                  // of the trace, in order
+    Count accesses_done[devices_max]; // of the trace, by each device
+    // One total order of writes (stamped by devices) and reports (stamped by the source): see journal.hpp.
+    Count tick;
     std::atomic<Phase> phase;
     std::atomic<std::uint32_t> attached; // devices now attached
     std::atomic<std::uint32_t> stopped;  // devices that will write no more
-    Count maps_done;                     // of the trace, in order
-    Count accesses_done[devices_max];    // of the trace, by each device
-
-    // One total order of writes (stamped by devices) and reports (stamped by the source): see journal.hpp.
-    Count tick;
 
     // Flags of the bells.
     std::atomic<std::uint32_t> source_asleep;
