@@ -86,7 +86,7 @@ class TranslationView
         std::memcpy(&h, translation, sizeof h);
         if (h.magic != DR_TRANSLATION_MAGIC || h.version != DR_TRANSLATION_VERSION || h.shards == 0 ||
             h.aperture_lg2 < aperture_lg2_min || h.aperture_lg2 > aperture_lg2_max || !std::has_single_bit(h.shards) ||
-            h.shards > covering(h.aperture_lg2, largest_leaf_lg2))
+            h.shards > shards_max || h.shards > covering(h.aperture_lg2, largest_leaf_lg2))
             return -EPROTO;
         const dr_translation_header expected = make_geometry(h.format, h.aperture_lg2, h.shards);
         if (std::memcmp(&h, &expected, sizeof h) != 0 || h.tables_size > tables_size ||

@@ -12,6 +12,7 @@ namespace dirtyring::iommu {
 inline constexpr unsigned table_size_lg2 = 12;
 inline constexpr unsigned aperture_lg2_min = largest_leaf_lg2;
 inline constexpr unsigned aperture_lg2_max = 48;
+inline constexpr unsigned shards_max = 64; // a bit for each in a word
 static_assert(DR_REGION_LG2 >= entry_lg2(1) && DR_REGION_LG2 <= largest_leaf_lg2);
 
 // Tables from this level up belong to no shard and stay.

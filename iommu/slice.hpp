@@ -49,11 +49,10 @@ template <Format F> class Slice
     // Makes bytes [offset, offset + length) of the tables region exist; 0 or -errno.
     using MakePresent = std::function<int(std::uint64_t offset, std::uint64_t length)>;
 
-    Slice(const dr_translation_header &h, unsigned shard, Tables tables, std::uint64_t *generations,
-          unsigned leaf_lg2_max, MakePresent make_present)
-        : h_(h), tables_(tables), generations_(generations), first_table_(first_table(h, shard)),
-          start_(std::uint64_t{shard} << h.slice_lg2), end_(start_ + (1ull << h.slice_lg2)),
-          leaf_lg2_max_(leaf_lg2_max), make_present_(std::move(make_present))
+    Slice(const dr_translation_header &h, unsigned shard, Tables tables, unsigned leaf_lg2_max,
+          MakePresent make_present)
+        : h_(h), tables_(tables), first_table_(first_table(h, shard)), start_(std::uint64_t{shard} << h.slice_lg2),
+          end_(start_ + (1ull << h.slice_lg2)), leaf_lg2_max_(leaf_lg2_max), make_present_(std::move(make_present))
     {
         for (std::uint64_t i = 0; i < top_words(h.slice_lg2); ++i)
             new_node((start_ >> top_span_lg2 << top_span_lg2) + (i << top_span_lg2), top_level);
@@ -91,6 +90,7 @@ template <Format F> class Slice
         Node &node = nodes_[number];
         if (level > 0) {
             std::uint32_t &child = children_[node.children][index];
+            assert(child != leaf_child);
             if (child != no_child)
                 retire(child);
             child = leaf_child;
@@ -156,10 +156,7 @@ template <Format F> class Slice
     // A grace period after the advance over their range has passed: nobody walks them any more.
     void reuse_retired()
     {
-        for (const std::uint32_t number : retired_) {
-            std::memset(entries(number), 0, 1u << table_size_lg2);
-            free_.push_back(number);
-        }
+        free_.insert(free_.end(), retired_.begin(), retired_.end());
         retired_.clear();
     }
 
@@ -327,6 +324,7 @@ template <Format F> class Slice
         const std::uint32_t number = free_.back();
         free_.pop_back();
         set_level(number, base, level);
+        std::memset(entries(number), 0, 1u << table_size_lg2);
         return number;
     }
 
@@ -378,7 +376,6 @@ template <Format F> class Slice
 
     dr_translation_header h_;
     Tables tables_;
-    std::uint64_t *generations_;
     std::uint64_t first_table_;
     std::uint64_t start_;
     std::uint64_t end_;
@@ -388,7 +385,7 @@ template <Format F> class Slice
     std::vector<Node> nodes_;
     std::vector<Children> children_; // of nodes above level 0
     std::vector<std::uint32_t> free_children_;
-    std::vector<std::uint32_t> free_;    // table pages, zeroed
+    std::vector<std::uint32_t> free_;    // table pages
     std::vector<std::uint32_t> emptied_; // perhaps to be retired by reclaim
     std::vector<std::uint32_t> retired_; // unlinked, perhaps still walked
     std::uint64_t present_ = 0;          // numbers below this have a page

@@ -3,8 +3,10 @@
 
 #include "iommu/dma.hpp"
 #include "iommu/format_amdv1.hpp"
+#include "iommu/slice.hpp"
 #include "ring/consumer.hpp"
 #include "ring/control.h"
+#include "ring/producer.hpp"
 #include "ring/region.hpp"
 #include "service/shard.hpp"
 

@@ -240,7 +240,7 @@ int Commands::start_unmap(const dr_command &request)
     Command &command = begin(request);
     command.end = end;
     command.reached = request.iova;
-    if (route->tracks && route->epochs)
+    if (route->enabled && route->epochs)
         command.epoch = ++route->epoch & payload_mask;
     add_range_parts(command, ShardOp::Kind::unmap, *route);
     std::erase_if(command.parts, [&](const Part &part) { return !extents.first_in(part.start, part.end); });

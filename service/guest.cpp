@@ -1,7 +1,7 @@
 #include "service/guest.hpp"
 
 #include "iommu/format_amdv1.hpp"
-#include "iommu/geometry.hpp"
+#include "iommu/slice.hpp"
 
 #include <fmt/format.h>
 
@@ -39,6 +39,8 @@ Result<Token> make_token()
 }
 
 // A generation is touched where something is mapped only; beyond this many bytes they come into being then.
+static_assert(iommu::shards_max == DR_SHARDS_MAX);
+
 constexpr std::uint64_t translation_present_max = 16ull << 20;
 
 Result<void> check(const dr_hwpt_alloc &r)

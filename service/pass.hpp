@@ -27,17 +27,20 @@ template <iommu::Format F> class Pass
     // Drops what was taken.
     void abandon() { *this = {}; }
 
-    // The next line that may hold dirty leaves; nothing: the pass is complete.
-    [[nodiscard]] std::optional<iommu::Line> next(iommu::Slice<F> &slice)
+    // The next line that may hold dirty leaves, for one unit of the budget, as is each table opened. Nothing: the pass is
+    // complete, or the budget is used up.
+    [[nodiscard]] std::optional<iommu::Line> next(iommu::Slice<F> &slice, unsigned &budget)
     {
-        for (;;) {
+        while (budget > 0) {
             lines_ &= slice.existing_lines(table_); // a map change may have taken the table away since
             if (lines_ != 0) {
+                --budget;
                 const auto line = static_cast<unsigned>(std::countr_zero(lines_));
                 lines_ &= lines_ - 1;
                 return slice.line(table_, line);
             }
             if (tables_ != 0) {
+                --budget;
                 table_ = static_cast<std::uint32_t>(word_ * 64 + static_cast<unsigned>(std::countr_zero(tables_)));
                 tables_ &= tables_ - 1;
                 const std::uint64_t taken = slice.take_lines(table_);
@@ -54,6 +57,7 @@ template <iommu::Format F> class Pass
             whole_tables_ = full_;
             tables_ = whole_tables_ ? slice.existing_tables(word_) : taken;
         }
+        return std::nullopt;
     }
 
     // The line could not be finished: visit it again.

@@ -1,8 +1,11 @@
 #include "service/shard.hpp"
 
 #include "iommu/format_amdv1.hpp"
+#include "iommu/invalidation.hpp"
+#include "iommu/slice.hpp"
 #include "ring/control.h"
 #include "service/pass.hpp"
+#include "service/publisher.hpp"
 
 #include <cassert>
 #include <cerrno>
@@ -18,13 +21,15 @@ using iommu::Extent;
 using iommu::Leaf;
 using iommu::Line;
 
-// A visit ends after this many lines or leaves: some 50 µs.
+// A visit ends after this many lines and tables, or leaves: some 50 µs.
 constexpr unsigned visit_lines = 2048;
 constexpr unsigned visit_leaves = 4096;
 // Leaves of an unmap that are staged together.
 constexpr unsigned unmap_chunk = 64;
 // How soon to look again at what nobody will wake us for: a device inside a section, deferred runs.
 constexpr std::uint64_t recheck_ns = 200'000;
+// A stream of map changes lets a sweep through this often.
+constexpr std::uint64_t sweep_at_least_every_ns = 100'000;
 // A map change in an IOVA ring needs a slot for its marker and leaves these for sync and end.
 constexpr std::uint64_t markers_kept = 2;
 
@@ -32,24 +37,22 @@ template <iommu::Format F> class ShardOf final : public Shard
 {
   public:
     explicit ShardOf(ShardConfig config)
-        : config_(std::move(config)), slice_(config_.geometry, config_.index, config_.tables, config_.generations,
-                                             config_.leaf_lg2_max, config_.make_present)
+        : slice_(config.geometry, config.index, config.tables, config.leaf_lg2_max, std::move(config.make_present)),
+          invalidation_(config.generations), control_(config.control), min_interval_ns_(config.min_interval_ns)
     {
-        if (config_.producer != nullptr) {
-            ring_.emplace(config_.producer, config_.consumer);
-            oa_space_ = config_.producer->header.space == DR_SPACE_OA;
-        }
+        if (config.producer != nullptr)
+            ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
     }
 
     bool step(std::uint64_t now_ns) override
     {
         now_ = now_ns;
-        if (grace_.running())
+        if (invalidation_.running())
             return settle();
         if (cancelled_)
             return false;
         const bool worked = visit();
-        if (grace_.running())
+        if (invalidation_.running())
             settle();
         return worked;
     }
@@ -78,10 +81,10 @@ template <iommu::Format F> class ShardOf final : public Shard
         for (; !syncs_.empty(); syncs_.pop_front())
             complete(*syncs_.front().op, -ECANCELED);
         if (ring_ && ring_->room() > 0) { // nobody does DMA through it any more, so nothing staged has to wait
-            put_marker(DR_MARKER_END, 0);
+            ring_->put_marker(DR_MARKER_END, 0);
             publish();
         }
-        grace_.end();
+        invalidation_.end();
     }
 
     Rest prepare_sleep(std::uint64_t now_ns) override
@@ -90,7 +93,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         Rest rest;
         if (cancelled_)
             return rest;
-        if (grace_.running()) {
+        if (invalidation_.running()) {
             rest.until_ns = now_ + recheck_ns;
             return rest;
         }
@@ -100,7 +103,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         }
         if (!ring_)
             return rest;
-        if (ring_->staged() != ring_->head())
+        if (ring_->unpublished())
             rest.until_ns = now_ + recheck_ns;
         if (waits_for_consumer()) {
             if (!fault(Fault::no_want_kick))
@@ -117,10 +120,10 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (!tracking_)
             return rest;
         if (!pace_allows()) {
-            rest.until_ns = std::min(rest.until_ns, pass_began_ + config_.min_interval_ns);
+            rest.until_ns = std::min(rest.until_ns, pass_began_ + min_interval_ns_);
             return rest;
         }
-        std::atomic_ref(config_.control->asleep).store(1, std::memory_order_seq_cst); // S5
+        std::atomic_ref(control_->asleep).store(1, std::memory_order_seq_cst); // S5
         asleep_ = true;
         point(Point::walker_before_sleep);
         rest.busy = !fault(Fault::no_second_look) && slice_.any_table_bit(); // S5: look again
@@ -130,27 +133,22 @@ template <iommu::Format F> class ShardOf final : public Shard
     void wake() override
     {
         if (std::exchange(asleep_, false))
-            std::atomic_ref(config_.control->asleep).store(0, std::memory_order_seq_cst);
+            std::atomic_ref(control_->asleep).store(0, std::memory_order_seq_cst);
         if (std::exchange(asked_for_kick_, false))
             ring_->want_kick(false);
     }
 
-    void add_cells(std::span<dr_cell> cells) override { cells_.add(cells); }
-
-    void remove_cells(std::span<dr_cell> cells) override
-    {
-        cells_.remove(cells);
-        grace_.forget(cells);
-    }
+    void add_cells(std::span<dr_cell> cells) override { invalidation_.add_cells(cells); }
+    void remove_cells(std::span<dr_cell> cells) override { invalidation_.remove_cells(cells); }
 
     void bury_cells(std::span<dr_cell> cells) override
     {
-        remove_cells(cells);
+        invalidation_.remove_cells(cells);
         if (tracking_ && !fault(Fault::no_full_scan_on_death))
             pass_.begin(true);
     }
 
-    const ShardCounters &counters() const override { return counters_; }
+    ShardCounters counters() const override { return ring_ ? ring_->counters() : ShardCounters{}; }
 
   private:
     enum class SyncPhase { lead, pass, marker };
@@ -176,40 +174,33 @@ template <iommu::Format F> class ShardOf final : public Shard
     bool visit()
     {
         const bool sync = !syncs_.empty() && syncs_.front().after <= finished_;
-        if (!ops_.empty() && !(sync && syncs_turn_))
+        const bool sweep_owed = tracking_ && now_ >= swept_ + sweep_at_least_every_ns;
+        if (!ops_.empty() && !(others_turn_ && (sync || sweep_owed)))
             return run(*ops_.front());
-        syncs_turn_ = false;
+        others_turn_ = false;
         if (sync)
             return run_sync(syncs_.front()) || !ops_.empty();
         if (tracking_ && !pass_.running() && !pace_allows())
-            return false;
-        return (tracking_ && sweep()) || publish(); // what deferred unmaps have left
+            return !ops_.empty();
+        return (tracking_ && sweep()) || publish() /* what deferred unmaps have left */ || !ops_.empty();
     }
 
     // ---- grace ---------------------------------------------------------------------------------------------------
 
-    // Advances the regions in touched_ and begins to wait for those who entered before.
     void invalidate(After after)
     {
         after_ = after;
-        ++counters_.batches;
-        if (fault(Fault::sample_before_advance))
-            grace_.begin(cells_);
-        point(Point::walker_before_advance);
-        if (fault(Fault::publish_before_advance))
-            publish();
-        for (const std::uint64_t region : touched_)
-            iommu::advance(config_.generations[region]);
-        touched_.clear();
-        if (!fault(Fault::sample_before_advance))
-            grace_.begin(cells_);
+        invalidation_.begin([this] {
+            if (fault(Fault::publish_before_advance))
+                publish();
+        });
     }
 
     bool settle()
     {
-        if (!fault(Fault::no_grace) && !grace_.passed())
+        if (!invalidation_.passed())
             return false;
-        grace_.end();
+        invalidation_.end();
         slice_.reuse_retired();
         const After after = std::exchange(after_, {});
         if (after.publish)
@@ -223,81 +214,24 @@ template <iommu::Format F> class ShardOf final : public Shard
         return true;
     }
 
-    void touch(std::uint64_t iova, std::uint64_t length)
-    {
-        for (std::uint64_t region = iova >> DR_REGION_LG2; region <= (iova + length - 1) >> DR_REGION_LG2; ++region) {
-            if (touched_.empty() || touched_.back() != region)
-                touched_.push_back(region);
-        }
-    }
-
     void touch_retired()
     {
-        slice_.for_each_retired([&](std::uint64_t iova, std::uint64_t length) { touch(iova, length); });
+        slice_.for_each_retired([&](std::uint64_t iova, std::uint64_t length) { invalidation_.touch(iova, length); });
     }
 
     void touch_mapped()
     {
-        slice_.extents().for_each([&](const Extent &e) { touch(e.start, e.end - e.start); });
-    }
-
-    // ---- ring ----------------------------------------------------------------------------------------------------
-
-    [[nodiscard]] std::uint64_t slots_for_runs()
-    {
-        const std::uint64_t room = ring_->room();
-        return room > DR_MARKER_SLOTS ? room - DR_MARKER_SLOTS : 0;
+        slice_.extents().for_each([&](const Extent &e) { invalidation_.touch(e.start, e.end - e.start); });
     }
 
     // Everything staged has had its grace period.
-    bool publish()
+    bool publish() { return ring_ && ring_->publish(); }
+
+    void extents_changed()
     {
-        if (!ring_ || ring_->staged() == ring_->head())
-            return false;
-        if (ring_->publish() && !fault(Fault::arm_without_look)) {
-            ++counters_.calls;
-            config_.call();
-        }
-        return true;
+        if (ring_)
+            ring_->extents_changed();
     }
-
-    void put_marker(enum dr_marker kind, std::uint64_t payload)
-    {
-        ring_->put(0, dr_marker(kind, payload));
-        ring_->stage(1);
-    }
-
-    void note_full(bool full)
-    {
-        if (full == (full_since_ != 0))
-            return;
-        full_since_ = full ? now_ : 0;
-        ring_->report_pending(pass_.unfinished(), full_since_);
-    }
-
-    // What the ring names for a leaf; nothing: it is not mapped, a device has scribbled.
-    [[nodiscard]] std::optional<std::uint64_t> address(std::uint64_t iova)
-    {
-        if (iova < last_extent_.start || iova >= last_extent_.end) {
-            const auto e = slice_.extents().first_in(iova, iova + 1);
-            if (!e)
-                return std::nullopt;
-            last_extent_ = *e;
-        }
-        return oa_space_ ? last_extent_.oa + (iova - last_extent_.start) : iova;
-    }
-
-    void extents_changed() { last_extent_ = {}; }
-
-    [[nodiscard]] bool add(RunWriter &runs, std::uint64_t address, std::uint64_t length)
-    {
-        if (!runs.add(address, length))
-            return false;
-        counters_.pages += length >> DR_PAGE_LG2;
-        return true;
-    }
-
-    void stage(RunWriter &runs) { counters_.runs += runs.stage(); }
 
     // ---- sweep ---------------------------------------------------------------------------------------------------
 
@@ -306,7 +240,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         if (!pass_found_)
             return true;
-        return config_.min_interval_ns > 0 ? now_ >= pass_began_ + config_.min_interval_ns : ring_->released();
+        return min_interval_ns_ > 0 ? now_ >= pass_began_ + min_interval_ns_ : ring_->released();
     }
 
     [[nodiscard]] bool waits_for_consumer()
@@ -314,14 +248,15 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (!syncs_.empty() && syncs_.front().phase == SyncPhase::marker)
             return ring_->room() == 0;
         if (pass_.running())
-            return slots_for_runs() == 0;
-        return tracking_ && syncs_.empty() && config_.min_interval_ns == 0 && !pace_allows();
+            return ring_->slots_for_runs() == 0;
+        return tracking_ && syncs_.empty() && min_interval_ns_ == 0 && !pace_allows();
     }
 
     // One batch of the running pass, or of a new one. False: nothing was found, or there is no room.
     bool sweep()
     {
-        RunWriter runs(*ring_, slots_for_runs());
+        ring_->begin();
+        swept_ = now_;
         if (!pass_.running()) {
             pass_.begin(false);
             pass_began_ = now_;
@@ -330,8 +265,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         taken_.clear();
         bool full = false;
         unsigned budget = visit_lines;
-        for (; budget > 0 && !full; --budget) {
-            const std::optional<Line> line = pass_.next(slice_);
+        while (!full) {
+            const std::optional<Line> line = pass_.next(slice_, budget);
             if (!line)
                 break;
             const std::uint64_t length = 1ull << line->leaf_lg2;
@@ -339,13 +274,11 @@ template <iommu::Format F> class ShardOf final : public Shard
             for (unsigned dirty = slice_.dirty(*line); dirty != 0 && !full; dirty &= dirty - 1) {
                 const auto i = static_cast<unsigned>(std::countr_zero(dirty));
                 const std::uint64_t iova = line->iova + i * length;
-                const auto named = address(iova);
-                if (!named)
-                    continue;
-                full = !add(runs, *named, length);
-                if (!full) {
+                const Publisher::Added added = ring_->add(iova, length);
+                full = added == Publisher::Added::no_room;
+                if (added == Publisher::Added::yes) {
                     mask |= 1u << i;
-                    touch(iova, length);
+                    invalidation_.touch(iova, length);
                 }
             }
             if (mask != 0)
@@ -353,11 +286,11 @@ template <iommu::Format F> class ShardOf final : public Shard
             if (full)
                 pass_.put_back(*line);
         }
-        note_full(full);
+        ring_->note_full(full, pass_.unfinished(), now_);
         if (taken_.empty())
             return (full && publish()) || budget == 0; // a consumer cannot make room of what it does not see
         pass_found_ = true;
-        stage(runs);
+        ring_->stage();
         for (const Taken &t : taken_)
             slice_.clean(t.line, t.mask);
         invalidate({.publish = true});
@@ -372,7 +305,7 @@ template <iommu::Format F> class ShardOf final : public Shard
                 sync.phase = SyncPhase::pass;
                 pass_.begin(false);
             } else {
-                grace_.begin(cells_);
+                invalidation_.begin_grace();
                 after_ = {.pass = true};
             }
             return true;
@@ -387,7 +320,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         case SyncPhase::marker:
             if (ring_->room() == 0)
                 return publish();
-            put_marker(DR_MARKER_SYNC, sync.op->cookie);
+            ring_->put_marker(DR_MARKER_SYNC, sync.op->cookie);
             publish();
             ShardOp &op = *sync.op;
             syncs_.pop_front();
@@ -432,8 +365,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         assert(ops_.front() == &op);
         ops_.pop_front();
         ++finished_;
-        syncs_turn_ = true; // not before: an unmap in several visits counts on the slot for its marker
-        if (grace_.running()) {
+        others_turn_ = true; // not before: an unmap in several visits counts on the slot for its marker
+        if (invalidation_.running()) {
             finishing_ = &op;
             finishing_result_ = result;
         } else {
@@ -466,8 +399,8 @@ template <iommu::Format F> class ShardOf final : public Shard
     void run_unmap(ShardOp &op)
     {
         const bool report = ring_ && tracking_ && op.harvest != ShardOp::Harvest::discard;
-        const bool mark = ring_ && !oa_space_ && op.epoch != 0;
-        if (fault(Fault::unmap_waits_for_room) && ring_ && slots_for_runs() == 0)
+        const bool mark = ring_ && !ring_->oa_space() && op.epoch != 0;
+        if (fault(Fault::unmap_waits_for_room) && ring_ && ring_->slots_for_runs() == 0)
             return;
         if (mark && op.reached == op.start && ring_->room() <= markers_kept) {
             publish();
@@ -475,15 +408,14 @@ template <iommu::Format F> class ShardOf final : public Shard
         }
 
         const std::uint64_t from = op.reached;
-        std::optional<RunWriter> runs;
         if (report)
-            runs.emplace(*ring_, slots_for_runs());
+            ring_->begin();
         bool full = false;
         for (unsigned budget = visit_leaves; budget > 0 && op.reached < op.end && !full;) {
-            budget -= std::min(budget, collect_leaves(op, runs, full));
-            if (runs)
-                stage(*runs);
-            take_out_leaves(op, runs, full);
+            budget -= std::min(budget, collect_leaves(op, report, full));
+            if (report)
+                ring_->stage();
+            take_out_leaves(op, report, full);
         }
         slice_.forget(from, op.reached);
         extents_changed();
@@ -491,15 +423,21 @@ template <iommu::Format F> class ShardOf final : public Shard
         touch_retired();
         const bool over = full || op.reached == op.end;
         if (over && mark)
-            put_marker(DR_MARKER_EPOCH, op.epoch);
+            ring_->put_marker(DR_MARKER_EPOCH, op.epoch);
         if (!fault(Fault::unmap_without_grace))
             invalidate({.publish = op.harvest == ShardOp::Harvest::now || full});
         if (over)
             finish(op, full ? -EAGAIN : 0);
     }
 
-    // Reads the next leaves and adds the dirty ones to runs. How many; at least one, so that the caller's budget ends.
-    unsigned collect_leaves(ShardOp &op, std::optional<RunWriter> &runs, bool &full)
+    // Adds a leaf, which is mapped, to the runs.
+    [[nodiscard]] bool no_room(const Leaf &leaf)
+    {
+        return ring_->add(leaf.iova, leaf.length) == Publisher::Added::no_room;
+    }
+
+    // Reads the next leaves and adds the dirty ones to the runs. How many; at least one, so that the caller's budget ends.
+    unsigned collect_leaves(ShardOp &op, bool report, bool &full)
     {
         found_.clear();
         std::uint64_t at = op.reached;
@@ -511,7 +449,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             }
             const Leaf leaf = slice_.find(std::max(at, e->start));
             const std::uint64_t seen = std::atomic_ref(*leaf.entry).load(std::memory_order_seq_cst);
-            if (runs && F::dirty(seen) && !add(*runs, *address(leaf.iova), leaf.length)) {
+            if (report && F::dirty(seen) && no_room(leaf)) {
                 full = true;
                 break;
             }
@@ -524,25 +462,25 @@ template <iommu::Format F> class ShardOf final : public Shard
     }
 
     // Takes out the leaves found: as they were seen, or, if they changed, after they are staged. Ends at the leaf that has no room.
-    void take_out_leaves(ShardOp &op, std::optional<RunWriter> &runs, bool &full)
+    void take_out_leaves(ShardOp &op, bool report, bool &full)
     {
         for (const Found &f : found_) {
             std::atomic_ref entry(*f.leaf.entry);
             std::uint64_t now = f.seen;
-            bool out = runs && F::dirty(f.seen) ? (entry.exchange(0, std::memory_order_seq_cst), true)
-                                                : entry.compare_exchange_strong(now, 0, std::memory_order_seq_cst);
+            bool out = report && F::dirty(f.seen) ? (entry.exchange(0, std::memory_order_seq_cst), true)
+                                                  : entry.compare_exchange_strong(now, 0, std::memory_order_seq_cst);
             if (!out && !F::dirty(now)) // a read set A
                 out = entry.compare_exchange_strong(now, 0, std::memory_order_seq_cst);
             if (!out) {
-                if (runs && !add(*runs, *address(f.leaf.iova), f.leaf.length)) {
+                if (report && no_room(f.leaf)) {
                     full = true;
                     return;
                 }
-                if (runs)
-                    stage(*runs);
+                if (report)
+                    ring_->stage();
                 entry.exchange(0, std::memory_order_seq_cst);
             }
-            touch(f.leaf.iova, f.leaf.length);
+            invalidation_.touch(f.leaf.iova, f.leaf.length);
             slice_.unmapped(f.leaf);
             op.reached = f.leaf.iova + f.leaf.length;
         }
@@ -556,18 +494,15 @@ template <iommu::Format F> class ShardOf final : public Shard
             cleaning_ = true;
             pass_.begin(true);
         }
-        for (unsigned budget = visit_lines; budget > 0; --budget) {
-            const std::optional<Line> line = pass_.next(slice_);
-            if (!line) {
-                cleaning_ = false;
-                break;
-            }
+        unsigned budget = visit_lines;
+        while (const std::optional<Line> line = pass_.next(slice_, budget))
             slice_.clean(*line, slice_.dirty(*line));
-        }
-        if (cleaning_)
+        if (pass_.running())
             return;
+        cleaning_ = false;
         set_tracking(true);
         pass_found_ = false;
+        swept_ = now_;
         if (fault(Fault::enable_without_advance))
             return finish(op, 0);
         touch_mapped();
@@ -588,32 +523,29 @@ template <iommu::Format F> class ShardOf final : public Shard
     void set_tracking(bool on)
     {
         tracking_ = on;
-        std::atomic_ref(config_.control->tracking).store(on ? 1 : 0, std::memory_order_seq_cst);
+        std::atomic_ref(control_->tracking).store(on ? 1 : 0, std::memory_order_seq_cst);
     }
 
-    ShardConfig config_;
     iommu::Slice<F> slice_;
-    std::optional<ring::Producer<std::uint64_t>> ring_;
-    bool oa_space_ = false;
+    iommu::Invalidation invalidation_;
+    After after_;
+    std::optional<Publisher> ring_; // with dirty tracking only
+    dr_shard_control *control_;
+    std::uint64_t min_interval_ns_;
     bool tracking_ = false;
     bool cancelled_ = false;
-
-    iommu::CellList cells_;
-    iommu::GracePeriod grace_;
-    After after_;
-    std::vector<std::uint64_t> touched_; // regions to advance
 
     Pass<F> pass_;
     bool pass_found_ = false;
     std::uint64_t pass_began_ = 0; // ns
+    std::uint64_t swept_ = 0;      // ns
     std::vector<Taken> taken_;     // lines of the batch being made
-    Extent last_extent_{};
 
     std::deque<ShardOp *> ops_;
     std::deque<Sync> syncs_;
     std::uint64_t accepted_ = 0;
     std::uint64_t finished_ = 0;
-    bool syncs_turn_ = false;
+    bool others_turn_ = false;
     bool cleaning_ = false;
     ShardOp *finishing_ = nullptr; // waits for the grace period
     int finishing_result_ = 0;
@@ -621,9 +553,7 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     bool asleep_ = false;
     bool asked_for_kick_ = false;
-    std::uint64_t full_since_ = 0; // ns
-    std::uint64_t now_ = 0;        // ns
-    ShardCounters counters_;
+    std::uint64_t now_ = 0; // ns
 };
 
 } // namespace

@@ -8,10 +8,8 @@
 // At most one batch waits for its grace period. A shard is a template over the format and the interface below hides which.
 #pragma once
 
-#include "iommu/grace.hpp"
-#include "iommu/slice.hpp"
-#include "ring/producer.hpp"
-#include "service/run_writer.hpp"
+#include "iommu/geometry.hpp"
+#include "ring/layout.h"
 
 #include <cstdint>
 #include <deque>
@@ -46,8 +44,7 @@ struct ShardOp {
 
 struct ShardCounters {
     std::uint64_t runs = 0;
-    std::uint64_t pages = 0;   // of 4 KiB
-    std::uint64_t batches = 0; // grace periods begun
+    std::uint64_t pages = 0; // of 4 KiB
     std::uint64_t calls = 0;
 };
 
@@ -79,10 +76,12 @@ class Shard
     // Does a bounded piece of work; true if there was any. `now_ns`: CLOCK_MONOTONIC.
     virtual bool step(std::uint64_t now_ns) = 0;
 
-    // Queues an operation. Maps, unmaps, enable and disable run in order; a sync covers those before it.
+    // Queues an operation. Maps, unmaps, enable and disable run in order; a sync covers those before it. The caller has checked:
+    // a map meets no other, an unmap cuts none in two, enable and disable alternate and come while no sync is out, and all three
+    // are for shards with a ring.
     virtual void submit(ShardOp &op) = 0;
 
-    // Completes everything queued with -ECANCELED and lets step() do nothing more.
+    // No device is attached any more, or the VMM is gone. Completes everything queued with -ECANCELED; step() does nothing more.
     virtual void cancel() = 0;
 
     // Raises the flags that make peers wake the walker, and looks again (R5, S5).
@@ -96,7 +95,7 @@ class Shard
     // The device is dead, perhaps between D and the summary.
     virtual void bury_cells(std::span<dr_cell> cells) = 0;
 
-    [[nodiscard]] virtual const ShardCounters &counters() const = 0;
+    [[nodiscard]] virtual ShardCounters counters() const = 0;
 };
 
 // format: enum dr_format.

@@ -386,7 +386,8 @@ class Race
             consume();
         }
         consume();
-        const std::uint64_t n = std::memcmp(rig_.source.data() + last_page, rig_.destination.data() + last_page, page_size);
+        const std::uint64_t n =
+            std::memcmp(rig_.source.data() + last_page, rig_.destination.data() + last_page, page_size);
         return n != 0 ? 1 : 0;
     }
 
@@ -448,8 +449,14 @@ Outcome race(Race::Meeting meeting)
     return {std::make_unique<Race>(meeting)->run(broken ? 2'000'000 : 3'000, std::chrono::seconds(broken ? 60 : 10))};
 }
 
-Outcome raced_around_advance() { return race(Race::Meeting::around_advance); }
-Outcome entered_after_sample() { return race(Race::Meeting::after_first_word); }
+Outcome raced_around_advance()
+{
+    return race(Race::Meeting::around_advance);
+}
+Outcome entered_after_sample()
+{
+    return race(Race::Meeting::after_first_word);
+}
 
 // ---- leave_relaxed ---------------------------------------------------------------------------------------------------
 

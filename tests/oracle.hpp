@@ -118,7 +118,8 @@ class Oracle
                 const std::uint64_t wanted = s[d * pages + page];
                 if (wanted == 0 || wanted <= journals_[d].forgiven[page])
                     continue;
-                const auto *slot = reinterpret_cast<const std::uint64_t *>(rig_.destination.data() + page * page_size + d * slot_size);
+                const auto *slot =
+                    reinterpret_cast<const std::uint64_t *>(rig_.destination.data() + page * page_size + d * slot_size);
                 for (std::uint64_t i = 0; i < slot_size / 8; ++i) {
                     if (slot[i] < wanted) {
                         ++n;

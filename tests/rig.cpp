@@ -1,5 +1,8 @@
 #include "tests/rig.hpp"
 
+#include "iommu/slice.hpp"
+#include "ring/producer.hpp"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -83,7 +86,8 @@ Rig::Rig(const RigOptions &options)
     for (unsigned i = 0; i < options.shards; ++i) {
         PerShard &s = shards_[i];
         controls[i].first_table = iommu::first_table(geometry, i);
-        must(s.producer_region.make("producer", ring::producer_region_size(options.capacity, 8), ring::Pages::present) == 0,
+        must(s.producer_region.make("producer", ring::producer_region_size(options.capacity, 8),
+                                    ring::Pages::present) == 0,
              "ring");
         must(s.consumer_region.make("consumer", sizeof(dr_ring_consumer), ring::Pages::present) == 0, "ring");
         auto *producer = s.producer_region.map.as<dr_ring_producer>();
@@ -455,8 +459,9 @@ std::string Rig::describe()
     for (unsigned i = 0; i < shards(); ++i) {
         const auto *p = reinterpret_cast<const std::byte *>(producer_memory(i));
         text += "; shard " + std::to_string(i) + ": synced " + std::to_string(state(i).synced) + ", tail " +
-                std::to_string(consumer(i).tail()) + ", head " + std::to_string(peek_word(p + offsetof(dr_ring_producer, head))) +
-                ", staged " + std::to_string(peek_word(p + offsetof(dr_ring_producer, staged))) + ", want_kick " +
+                std::to_string(consumer(i).tail()) + ", head " +
+                std::to_string(peek_word(p + offsetof(dr_ring_producer, head))) + ", staged " +
+                std::to_string(peek_word(p + offsetof(dr_ring_producer, staged))) + ", want_kick " +
                 std::to_string(peek_word(p + offsetof(dr_ring_producer, want_kick)));
     }
     return text;

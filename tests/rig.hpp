@@ -94,7 +94,10 @@ class Rig
 
     service::Shard &shard(unsigned i = 0) { return *shards_[i].shard; }
     [[nodiscard]] unsigned shards() const { return options_.shards; }
-    [[nodiscard]] unsigned shard_of(std::uint64_t iova) const { return static_cast<unsigned>(iova >> geometry.slice_lg2); }
+    [[nodiscard]] unsigned shard_of(std::uint64_t iova) const
+    {
+        return static_cast<unsigned>(iova >> geometry.slice_lg2);
+    }
     bool step(unsigned i = 0) { return shards_[i].shard->step(now += 1000); }
     bool step_all();
     // Steps all shards until there is nothing to do at once. False: there always is something.
@@ -159,8 +162,14 @@ class Rig
     // The shared memory, for hostile writers.
     [[nodiscard]] std::byte *tables_memory() const { return tables_region_.map.data(); }
     [[nodiscard]] std::uint64_t *entry(std::uint64_t iova, unsigned level) const;
-    [[nodiscard]] dr_ring_producer *producer_memory(unsigned i = 0) const { return shards_[i].producer_region.map.as<dr_ring_producer>(); }
-    [[nodiscard]] dr_ring_consumer *consumer_memory(unsigned i = 0) const { return shards_[i].consumer_region.map.as<dr_ring_consumer>(); }
+    [[nodiscard]] dr_ring_producer *producer_memory(unsigned i = 0) const
+    {
+        return shards_[i].producer_region.map.as<dr_ring_producer>();
+    }
+    [[nodiscard]] dr_ring_consumer *consumer_memory(unsigned i = 0) const
+    {
+        return shards_[i].consumer_region.map.as<dr_ring_consumer>();
+    }
     [[nodiscard]] std::uint64_t generation(std::uint64_t iova) const { return view.generation(iova); }
 
     dr_translation_header geometry;
@@ -168,7 +177,7 @@ class Rig
     iommu::GuestMemory guest;
     Memory source;
     Memory destination;
-    std::uint64_t now = 1'000'000'000; // ns, virtual
+    std::uint64_t now = 1'000'000'000;        // ns, virtual
     std::uint64_t present_steps = UINT64_MAX; // make_present fails once these are used up
     iommu::ExtentMap ioas;                    // what is mapped
     std::uint64_t kicked = 0;                 // bit i: the consumer kicked shard i
@@ -176,8 +185,8 @@ class Rig
 
     std::uint64_t runs = 0;
     std::uint64_t pages_reported = 0;
-    std::uint64_t over_reported = 0;  // the page was equal
-    std::uint64_t stray = 0;          // runs that name what is not mapped, or no memory
+    std::uint64_t over_reported = 0; // the page was equal
+    std::uint64_t stray = 0;         // runs that name what is not mapped, or no memory
     std::uint64_t epoch = 0;
     std::uint64_t cookie = 0;
     std::vector<std::uint64_t> log; // entries, if wanted

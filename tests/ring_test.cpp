@@ -14,8 +14,7 @@ namespace {
 
 struct Memory {
     explicit Memory(std::uint64_t capacity, std::uint64_t at = 0)
-        : words(producer_region_size(capacity, 8) / sizeof(dr_ring_producer)),
-          producer(words.data())
+        : words(producer_region_size(capacity, 8) / sizeof(dr_ring_producer)), producer(words.data())
     {
         dr_ring_header header{};
         header.kind = DR_RING_DIRTY;

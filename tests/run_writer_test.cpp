@@ -70,7 +70,7 @@ TEST(RunWriter, LargeUnits)
     RunWriter w(*out.ring, 60);
     EXPECT_TRUE(w.add(0, large));
     EXPECT_TRUE(w.add(large, 512 * large)); // 1 GiB, not aligned to itself
-    EXPECT_TRUE(w.add(513 * large, page)); // smaller: another unit
+    EXPECT_TRUE(w.add(513 * large, page));  // smaller: another unit
     EXPECT_TRUE(w.add(513 * large + page, page));
     EXPECT_TRUE(w.add(514 * large, large));
     w.stage();
