@@ -27,6 +27,8 @@ template <class Entry> class Consumer
     // those behind.
     [[nodiscard]] std::span<const Entry> peek(std::uint64_t max = UINT64_MAX)
     {
+        if (broken_)
+            return {};
         const std::uint64_t head = word(peer_->head).load(std::memory_order_acquire); // R3
         if (head - tail_ > capacity_ || head - tail_ < peeked_ - tail_) {
             broken_ = true;
@@ -38,7 +40,7 @@ template <class Entry> class Consumer
         return {entries_ + slot, count};
     }
 
-    // True once a head outside [peeked, tail + capacity] was met; nothing is peeked from such a one.
+    // True once a head outside [peeked, tail + capacity] was met; nothing is peeked any more.
     [[nodiscard]] bool peer_broke_rules() const { return broken_; }
 
     // Gives back the oldest n entries peeked. True: the producer waits for room and wants to be kicked.
@@ -49,11 +51,12 @@ template <class Entry> class Consumer
         return word(peer_->want_kick).load(std::memory_order_seq_cst) != 0; // R5
     }
 
-    // Asks for a call at the next entry behind those peeked. True: there is none yet, so sleep; false: look again.
+    // Asks for a call at the next entry behind those peeked. True: there is none yet, or there will be none, so sleep; false: look
+    // again.
     [[nodiscard]] bool arm()
     {
-        word(mine_->armed).store(peeked_ + 1, std::memory_order_seq_cst);    // R4
-        return word(peer_->head).load(std::memory_order_seq_cst) == peeked_; // R4
+        word(mine_->armed).store(peeked_ + 1, std::memory_order_seq_cst);               // R4
+        return word(peer_->head).load(std::memory_order_seq_cst) == peeked_ || broken_; // R4
     }
 
     // Takes the wish of arm() back. Relaxed: a call too many does no harm.

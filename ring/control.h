@@ -92,8 +92,9 @@ struct dr_guest {
 };
 
 /* A piece of guest-physical memory. The service passes its descriptor on to devices and never maps it.
- * EINVAL: not aligned to 4096, empty, or wraps. EEXIST: overlaps another. ENOSPC: DR_GUEST_REGIONS_MAX are there.
+ * EINVAL: not aligned to 4096, empty, wraps, or reaches beyond 2^DR_OA_LG2. EEXIST: overlaps another. ENOSPC: DR_GUEST_REGIONS_MAX are there.
  * EBUSY: a device is attached: memory is added before. EBADF: not a memfd, or a file on tmpfs or hugetlbfs. */
+#define DR_OA_LG2 52 /* output addresses are below 2^52, as page-table entries hold them */
 struct dr_memory_region {
     uint32_t size;
     uint32_t reserved;

@@ -23,6 +23,7 @@ class FdList
     // Takes ownership. There is room for DR_MESSAGE_FDS_MAX.
     void add(Fd fd) { fds_[count_++] = fd.release(); }
     [[nodiscard]] unsigned count() const { return count_; }
+    [[nodiscard]] int get(unsigned i) const { return fds_[i]; }
     [[nodiscard]] Fd take(unsigned i) { return Fd(std::exchange(fds_[i], -1)); }
 
     void close_all()
@@ -54,7 +55,7 @@ class FdList
         msg.msg_controllen = sizeof control_;
     }
 
-    // Takes what recvmsg brought. False: more came than a message may carry.
+    // Takes what recvmsg brought. False: more came than a message may carry; the list holds them all, for the caller to close.
     [[nodiscard]] bool take_from(msghdr &msg)
     {
         bool fits = (msg.msg_flags & MSG_CTRUNC) == 0;
@@ -65,20 +66,19 @@ class FdList
             for (std::size_t i = 0; i < n; ++i) {
                 int fd = -1;
                 std::memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof fd);
-                Fd owned(fd);
-                if (count_ < DR_MESSAGE_FDS_MAX)
-                    add(std::move(owned));
-                else
-                    fits = false;
+                add(Fd(fd));
             }
         }
-        return fits;
+        return fits && count_ <= DR_MESSAGE_FDS_MAX;
     }
 
   private:
-    int fds_[DR_MESSAGE_FDS_MAX];
+    // As many as the kernel passes at once (SCM_MAX_FD), so that it never closes what does not fit.
+    static constexpr unsigned passed_max = 253;
+
+    int fds_[DR_MESSAGE_FDS_MAX + passed_max];
     unsigned count_ = 0;
-    alignas(cmsghdr) char control_[CMSG_SPACE(DR_MESSAGE_FDS_MAX * sizeof(int))];
+    alignas(cmsghdr) char control_[CMSG_SPACE(passed_max * sizeof(int))];
 };
 
 // Reads a payload of `size` bytes into a struct of ours, as iommufd's copy_struct_from_user: what the sender does not know is

@@ -388,8 +388,8 @@ void Commands::part_done(Part &part)
 void Commands::roll_back(Command &command)
 {
     std::erase_if(command.parts, [](const Part &part) { return part.result != 0; });
-    const HwptRoute *route = route_of(hwpts_, command.request.object);
-    if (command.rolling_back || route == nullptr || command.parts.empty())
+    // Given up: the shards go, and with them what they have mapped.
+    if (command.rolling_back || command.result == -ECANCELED || command.parts.empty())
         return finish(command);
     command.rolling_back = true;
     for (Part &part : command.parts)

@@ -181,6 +181,8 @@ void Control::close(Connection &c)
 {
     spdlog::debug("connection {} closed", c.id);
     discard(c.fds);
+    c.fds.add(std::move(c.socket)); // with descriptors, perhaps, in messages that nobody will read
+    discard(c.fds);
     if (c.guest)
         retire(std::move(c.guest));
     const bool last = !listener_;
@@ -211,7 +213,10 @@ void Control::on_received(Connection &c, int result)
 {
     if (result <= 0)
         return close(c);
-    c.fds_fit &= c.fds.take_from(c.message);
+    if (!c.fds.take_from(c.message)) {
+        c.fds_fit = false;
+        discard(c.fds);
+    }
     c.got += static_cast<std::size_t>(result);
     if (c.got < sizeof c.header)
         return receive(c);

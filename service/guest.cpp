@@ -212,14 +212,14 @@ Result<std::unique_ptr<Guest>> Guest::make(std::uint32_t command_entries, Walker
     return guest;
 }
 
-Result<void> Guest::add_memory(const dr_memory_region &r, ring::Fd fd)
+Result<void> Guest::add_memory(const dr_memory_region &r, ring::FdList &fds)
 {
     const auto aligned = [](std::uint64_t v) { return v % DR_PAGE == 0; };
     if (r.reserved != 0 || r.length == 0 || !aligned(r.oa) || !aligned(r.length) || !aligned(r.offset) ||
-        r.oa + r.length < r.oa || r.offset + r.length < r.offset)
+        r.oa + r.length < r.oa || r.oa + r.length > 1ull << DR_OA_LG2 || r.offset + r.length < r.offset)
         return refuse(EINVAL,
                       fmt::format("memory region oa {:#x} length {:#x} offset {:#x}: expected multiples of 4096, "
-                                  "not empty, without wrapping",
+                                  "not empty, below 2^52, without wrapping",
                                   r.oa, r.length, r.offset));
     if (!devices.empty())
         return refuse(EBUSY, "memory is added before the first device attaches");
@@ -232,9 +232,9 @@ Result<void> Guest::add_memory(const dr_memory_region &r, ring::Fd fd)
                                       r.oa, r.length, m.oa, m.length));
     }
     // Answered by memory file systems only; a descriptor of a FUSE file could make us wait for its server.
-    if (::fcntl(fd.get(), F_GET_SEALS) < 0)
+    if (::fcntl(fds.get(0), F_GET_SEALS) < 0)
         return refuse(EBADF, "guest memory must be a memfd, or a file on tmpfs or hugetlbfs");
-    memory.push_back({r.oa, r.length, r.offset, std::move(fd)});
+    memory.push_back({r.oa, r.length, r.offset, fds.take(0)});
     return {};
 }
 

@@ -3,6 +3,7 @@
 
 #include "ring/control.h"
 #include "ring/region.hpp"
+#include "ring/socket.hpp"
 #include "service/commands.hpp"
 #include "service/shard.hpp"
 #include "service/walker.hpp"
@@ -91,8 +92,8 @@ struct Guest {
 
     static Result<std::unique_ptr<Guest>> make(std::uint32_t command_entries, Walker &home);
 
-    // Checks a region against those there are.
-    Result<void> add_memory(const dr_memory_region &request, ring::Fd fd);
+    // Checks a region against those there are, and takes the descriptor out of the list if it is good.
+    Result<void> add_memory(const dr_memory_region &request, ring::FdList &fds);
 };
 
 } // namespace dirtyring::service

@@ -1,9 +1,12 @@
 #include "service/listener.hpp"
 
+#include "ring/control.h"
+
 #include <fmt/format.h>
 
 #include <cerrno>
 #include <cstring>
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -16,6 +19,30 @@ namespace {
 tl::unexpected<std::string> failed(const std::string &path, std::string_view why)
 {
     return tl::unexpected(fmt::format("cannot listen on {}: {}", path, why));
+}
+
+enum class There { nobody, somebody, unknown };
+
+// Whether somebody answers at the address. The socket of a service that has just died may still accept for a moment, while the
+// kernel takes its io_uring apart; such a connection breaks, and then nobody is there.
+There who_is_there(const sockaddr_un &address)
+{
+    struct {
+        dr_message_header header{DR_HELLO, DR_PROTOCOL_VERSION, sizeof(dr_hello), 0};
+        dr_hello hello{sizeof(dr_hello), DR_PROTOCOL_VERSION, 0};
+    } message;
+    constexpr int patience_ms = 2000;
+    for (;;) {
+        const ring::Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        if (::connect(probe.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address) != 0)
+            return errno == ECONNREFUSED ? There::nobody : There::unknown;
+        pollfd answer{probe.get(), POLLIN, 0};
+        char byte = 0;
+        if (::send(probe.get(), &message, sizeof message, MSG_NOSIGNAL) != sizeof message)
+            continue;
+        if (::poll(&answer, 1, patience_ms) <= 0 || ::recv(probe.get(), &byte, 1, 0) > 0)
+            return There::somebody;
+    }
 }
 
 } // namespace
@@ -38,11 +65,14 @@ tl::expected<Listener, std::string> Listener::open(const std::string &path)
     if (::lstat(path.c_str(), &there) == 0) {
         if (!S_ISSOCK(there.st_mode))
             return failed(path, "something else than a socket is there");
-        ring::Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-        if (::connect(probe.get(), at, sizeof address) == 0)
+        switch (who_is_there(address)) {
+        case There::somebody:
             return failed(path, "another service is listening there");
-        if (errno != ECONNREFUSED)
+        case There::unknown:
             return failed(path, std::strerror(errno));
+        case There::nobody:
+            break;
+        }
         if (::unlink(path.c_str()) != 0)
             return failed(path, fmt::format("the socket left over there cannot be removed: {}", std::strerror(errno)));
     }

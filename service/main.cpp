@@ -25,13 +25,14 @@ void set_up_logging(const std::string &level)
 }
 
 // Before the EAL starts threads: the control thread alone takes them, from a signalfd.
-void block_signals()
+void set_up_signals()
 {
     sigset_t ends;
     sigemptyset(&ends);
     sigaddset(&ends, SIGTERM);
     sigaddset(&ends, SIGINT);
     ::sigprocmask(SIG_BLOCK, &ends, nullptr);
+    std::signal(SIGPIPE, SIG_IGN); // nobody may be reading the log
 }
 
 // Each guest costs some ten descriptors and each device more.
@@ -46,7 +47,7 @@ void raise_descriptor_limit()
 
 int run(const Options &options)
 {
-    block_signals();
+    set_up_signals();
     raise_descriptor_limit();
     auto listener = options.fd >= 0 ? Listener::inherit(options.fd) : Listener::open(options.socket_path);
     if (!listener) {

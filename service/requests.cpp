@@ -111,7 +111,8 @@ void Control::handle(Connection &c)
     if (e == std::end(entries))
         return refuse(c.id, {EOPNOTSUPP, fmt::format("request {} is not known", c.header.request)});
     if (e->needs != c.role) {
-        const bool again = e->needs == Role::greeted && c.role > Role::greeted;
+        const bool again = (e->request == DR_GUEST_CREATE && c.role == Role::front_end) ||
+                           (e->request == DR_DEVICE_ATTACH && c.role == Role::device);
         return refuse(c.id, {again ? EBUSY : EPROTO,
                              fmt::format("{} is for {}, this is {}", e->name, roles[static_cast<std::size_t>(e->needs)],
                                          roles[static_cast<std::size_t>(c.role)])});
@@ -182,7 +183,7 @@ void Control::memory_add(Connection &c)
     if (!read(c, request))
         return;
     Guest &guest = *c.guest;
-    if (refused(c.id, guest.add_memory(request, c.fds.take(0))))
+    if (refused(c.id, guest.add_memory(request, c.fds)))
         return;
     ask({{guest.home,
           [commands = guest.commands.get(), request] { commands->add_memory(request.oa, request.length); }}},

@@ -238,12 +238,23 @@ class Daemon
     [[nodiscard]] Process &process() { return process_; }
     [[nodiscard]] std::string said() const { return process_.said(); }
 
-    // Peers' descriptors are closed in the background.
-    void expect_no_descriptor_left()
+    // Those of replies are closed after the peers have them, those that peers sent in the background.
+    [[nodiscard]] std::size_t settled_descriptors() const
     {
-        EXPECT_TRUE(comes_true([this] { return process_.descriptors() == idle_descriptors_; }))
-            << process_.descriptors() << " descriptors, at first there were " << idle_descriptors_;
+        std::size_t last = 0;
+        for (int same = 0; same < 20; std::this_thread::sleep_for(std::chrono::milliseconds(1))) {
+            const std::size_t now = process_.descriptors();
+            same = now == last ? same + 1 : 0;
+            last = now;
+        }
+        return last;
     }
+    void expect_descriptors(std::size_t expected) const
+    {
+        EXPECT_TRUE(comes_true([&] { return process_.descriptors() == expected; }))
+            << process_.descriptors() << " descriptors, expected " << expected;
+    }
+    void expect_no_descriptor_left() const { expect_descriptors(idle_descriptors_); }
 
   private:
     std::vector<std::string> words(const std::vector<std::string> &options) const
@@ -284,10 +295,7 @@ struct Reply {
         return value;
     }
     // 0: it was done.
-    [[nodiscard]] int error() const
-    {
-        return (header.flags & DR_MESSAGE_REFUSAL) != 0 ? as<dr_refusal>().error : 0;
-    }
+    [[nodiscard]] int error() const { return (header.flags & DR_MESSAGE_REFUSAL) != 0 ? as<dr_refusal>().error : 0; }
     [[nodiscard]] std::string sentence() const
     {
         const auto refusal = as<dr_refusal>();
@@ -511,15 +519,6 @@ class RawGuest : public Peer
         return std::atomic_ref(submission_consumer().tail).load(std::memory_order_seq_cst);
     }
 
-    // When this returns, the walker has gone round at least once more after what was written before.
-    void walker_goes_round()
-    {
-        for (int i = 0; i < 3; ++i) {
-            const auto ioas = get<dr_object>(DR_IOAS_ALLOC, dr_empty{});
-            get<dr_empty>(DR_DESTROY, ioas);
-        }
-    }
-
     void add_memory(std::uint64_t oa, std::uint64_t length, const Fd &fd)
     {
         get<dr_empty>(DR_MEMORY_ADD, dr_memory_region{0, 0, oa, length, 0}, {fd.get()});
@@ -607,5 +606,13 @@ class RawGuest : public Peer
             throw std::runtime_error("mmap");
     }
 };
+
+// When this returns, the walker has looked at every command ring and shard after what was written before. There is one walker.
+inline void walker_goes_round(const Daemon &daemon)
+{
+    RawGuest pace(daemon, 4);
+    for (int i = 0; i < 3; ++i)
+        EXPECT_EQ(pace.run({}), -EINVAL);
+}
 
 } // namespace dirtyring::test
