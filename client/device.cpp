@@ -1,5 +1,5 @@
-#include "client/dirtyring_device.h"
 #include "client/connection.hpp"
+#include "client/dirtyring_device.h"
 #include "iommu/dma.hpp"
 #include "iommu/format_amdv1.hpp"
 

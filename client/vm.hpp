@@ -1,9 +1,9 @@
 // A guest at the service, as vm.cpp, commands.cpp and rings.cpp know it.
 #pragma once
 
-#include "client/dirtyring.h"
 #include "client/commands.hpp"
 #include "client/connection.hpp"
+#include "client/dirtyring.h"
 
 #include <atomic>
 
