@@ -350,9 +350,11 @@ class Peer
 
     static Bytes message(std::uint32_t request, const Bytes &payload, std::uint32_t sequence = 0)
     {
-        Bytes all = bytes_of(
-            dr_message_header{request, DR_PROTOCOL_VERSION, static_cast<std::uint32_t>(payload.size()), sequence});
-        all.insert(all.end(), payload.begin(), payload.end());
+        const dr_message_header header{request, DR_PROTOCOL_VERSION, static_cast<std::uint32_t>(payload.size()),
+                                       sequence};
+        Bytes all(sizeof header + payload.size());
+        std::memcpy(all.data(), &header, sizeof header);
+        std::copy(payload.begin(), payload.end(), all.begin() + sizeof header);
         return all;
     }
 
