@@ -7,8 +7,8 @@
  *    │  u32    │  u32    │  u32    │   u32    │ its first u32 is its own size│          bit 3 refusal
  *    └─────────┴─────────┴─────────┴──────────┴──────────────────────────────┘
  *
- * Framing follows vhost-user; growth follows iommufd: a payload shorter than the receiver's struct is filled up with
- * zeroes; what a request has beyond it must be zero, else E2BIG; what a reply has beyond it is ignored. Each request gets one
+ * Framing follows vhost-user; growth follows iommufd: a payload holds at least the fields of version 1, else EINVAL; what a
+ * request has beyond the fields known must be zero, else E2BIG; what a reply has beyond them is ignored. Each request gets one
  * reply with its number and sequence and DR_MESSAGE_REPLY; a refusal carries struct dr_refusal instead of the reply's payload.
  * The first request of a connection is HELLO. A connection is a front-end (after GUEST_CREATE) or a device (after
  * DEVICE_ATTACH), never both. Descriptors are exactly those listed; more or fewer is EINVAL, and all are closed.
@@ -78,7 +78,8 @@ struct dr_hello {
     uint64_t features;
 };
 
-/* EINVAL: command_entries is no power of two within DR_COMMAND_CAPACITY_*. EBUSY: this connection has a guest. */
+/* EINVAL: command_entries is no power of two within DR_COMMAND_CAPACITY_*. EBUSY: this connection has a guest.
+ * ENOSPC: too many guests. */
 struct dr_guest_create {
     uint32_t size;
     uint32_t command_entries;
@@ -103,6 +104,7 @@ struct dr_memory_region {
     uint64_t offset; /* of the piece in the descriptor, bytes */
 };
 
+/* IOAS_ALLOC: ENOSPC: too many objects. */
 struct dr_object {
     uint32_t size;
     uint32_t id; /* DESTROY: ENOENT: no such object; EBUSY: an ioas with an hwpt, an hwpt with a device */
@@ -114,7 +116,7 @@ enum dr_format {
 
 #define DR_HWPT_DIRTY_TRACKING (1u << 0) /* as IOMMU_HWPT_ALLOC_DIRTY_TRACKING: refuse devices that cannot */
 
-/* ENOENT: no such ioas. EOPNOTSUPP: format. EINVAL: any other field out of its range. EBUSY: the ioas has an hwpt, or maps
+/* ENOENT: no such ioas. EOPNOTSUPP: format. EINVAL: any other field out of its range. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps
  * (an hwpt comes before the maps of its ioas). */
 struct dr_hwpt_alloc {
     uint32_t size;

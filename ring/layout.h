@@ -232,13 +232,14 @@ enum dr_command_flags {
 };
 
 /* Completes with 0 or a negative errno:
- *   EINVAL  unknown opcode, flag or reserved bit; address or length not a multiple of 4096; length 0; both DEFERRED
+ *   EINVAL  unknown opcode or flag, a field not used that is not zero; address or length not a multiple of 4096 or
+ *           length 0; a map without rights; both DEFERRED
  *           and DISCARD                                  ENOENT  no such object; unmap: nothing there, or the range
  *   ERANGE  outside the IOVA space                               cuts a map in two
  *   EEXIST  map: something is mapped there               EFAULT  map: the OA is not in the guest's memory
  *   ENOMEM  no memory for tables; nothing was mapped     ENOSPC  map: no hwpt in this ioas
  *   EAGAIN  unmap: the ring is full; `done` bytes from iova are unmapped: release entries, then ask for the rest
- *   EALREADY enable/disable: it is so already            EOPNOTSUPP enable, sync: the hwpt has no dirty tracking
+ *   EALREADY enable/disable: it is so already            EOPNOTSUPP enable, disable, sync: no dirty tracking
  *   ECANCELED the object was destroyed meanwhile */
 struct dr_command {
     uint64_t user_data; /* comes back in the completion */

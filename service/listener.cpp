@@ -6,9 +6,11 @@
 
 #include <cerrno>
 #include <cstring>
+#include <ctime>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -32,10 +34,17 @@ There who_is_there(const sockaddr_un &address)
         dr_hello hello{sizeof(dr_hello), DR_PROTOCOL_VERSION, 0};
     } message;
     constexpr int patience_ms = 2000;
-    for (;;) {
+    constexpr timeval patience{patience_ms / 1000, 0};
+    constexpr timespec pause{0, 10'000'000};
+    constexpr int tries = patience_ms / 10; // who hangs up on all of them, being full perhaps, is there too
+    for (int i = 0; i < tries; ++i, ::nanosleep(&pause, nullptr)) {
         const ring::Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-        if (::connect(probe.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address) != 0)
+        ::setsockopt(probe.get(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience); // connect waits so long
+        if (::connect(probe.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address) != 0) {
+            if (errno == EAGAIN)
+                return There::somebody; // too busy to accept
             return errno == ECONNREFUSED ? There::nobody : There::unknown;
+        }
         pollfd answer{probe.get(), POLLIN, 0};
         char byte = 0;
         if (::send(probe.get(), &message, sizeof message, MSG_NOSIGNAL) != sizeof message)
@@ -43,6 +52,7 @@ There who_is_there(const sockaddr_un &address)
         if (::poll(&answer, 1, patience_ms) <= 0 || ::recv(probe.get(), &byte, 1, 0) > 0)
             return There::somebody;
     }
+    return There::somebody;
 }
 
 } // namespace
@@ -90,7 +100,7 @@ tl::expected<Listener, std::string> Listener::inherit(int fd)
     return Listener(ring::Fd(fd), {}, 0, 0);
 }
 
-Listener::~Listener()
+void Listener::remove()
 {
     struct stat there {
     };

@@ -10,7 +10,7 @@
 
 namespace dirtyring::service {
 
-// Binds and listens; takes the path away again when it goes, if it is still the one it made.
+// Binds and listens; takes the path away again at the end, if it is still the one it made.
 class Listener
 {
   public:
@@ -21,7 +21,9 @@ class Listener
 
     Listener(Listener &&other) noexcept = default;
     Listener &operator=(Listener &&) = delete;
-    ~Listener();
+    ~Listener() { remove(); }
+
+    void remove();
 
     [[nodiscard]] ring::Fd take() { return std::move(fd_); }
 

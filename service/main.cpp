@@ -10,6 +10,7 @@
 
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <sys/resource.h>
 
@@ -45,6 +46,7 @@ void raise_descriptor_limit()
     }
 }
 
+// Returns only when it cannot start.
 int run(const Options &options)
 {
     set_up_signals();
@@ -65,7 +67,10 @@ int run(const Options &options)
     control.run();
     ::sd_notify(0, "STOPPING=1");
     (*lcores)->stop();
-    return 0;
+    listener->remove();
+    // Closing a descriptor that a peer has sent may wait for that peer; the end of the process does not.
+    spdlog::shutdown();
+    std::_Exit(0);
 }
 
 } // namespace

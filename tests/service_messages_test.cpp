@@ -355,5 +355,15 @@ TEST_F(ServiceSlowDescriptor, BehindGarbageHoldsUpNobody)
     expect_newcomer_is_answered_after({Bytes(sizeof(dr_message_header), std::byte{0xff}), Bytes(16)}, {});
 }
 
+TEST_F(ServiceSlowDescriptor, InHalfAMessageDoesNotKeepTheServiceFromEnding)
+{
+    Peer stranger(daemon);
+    stranger.send(Bytes(1), {tcp.slow.get()});
+    Peer(daemon).hello();
+    tcp.slow = Fd();
+    daemon.process().signal(SIGTERM);
+    EXPECT_EQ(daemon.process().exit_code(), 0) << "it waits for a peer's socket to close";
+}
+
 } // namespace
 } // namespace dirtyring::test

@@ -158,6 +158,18 @@ TEST(ServiceProgram, ASecondServiceOnASocketIsRefused)
     vm.expect_tracks();
 }
 
+TEST(ServiceProgram, ASecondServiceIsRefusedEvenWhenTheFirstIsFull)
+{
+    Daemon daemon;
+    std::vector<Fd> crowd;
+    for (int i = 0; i < 512; ++i)
+        crowd.push_back(connected(daemon.socket()));
+    Peer last(daemon);
+    EXPECT_TRUE(last.hung_up());
+    Process second({DIRTYRINGD_PATH, "--socket-path", daemon.socket()});
+    EXPECT_EQ(second.exit_code(), 1) << second.said();
+}
+
 TEST(ServiceProgram, ASocketThatIsLeftOverIsReplaced)
 {
     TemporaryDirectory directory;
