@@ -175,9 +175,11 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         const bool sync = !syncs_.empty() && syncs_.front().after <= finished_;
         const bool sweep_owed = tracking_ && now_ >= swept_ + sweep_at_least_every_ns;
-        if (!ops_.empty() && !(others_turn_ && (sync || sweep_owed)))
+        // Others come between two operations, not between two visits of one: an unmap counts on the slot for its marker, a map
+        // on its own advance before the tables it took out are used again.
+        const bool others = std::exchange(others_turn_, false) && (sync || sweep_owed);
+        if (!ops_.empty() && !others)
             return run(*ops_.front());
-        others_turn_ = false;
         if (sync)
             return run_sync(syncs_.front()) || !ops_.empty();
         if (tracking_ && !pass_.running() && !pace_allows())
@@ -365,7 +367,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         assert(ops_.front() == &op);
         ops_.pop_front();
         ++finished_;
-        others_turn_ = true; // not before: an unmap in several visits counts on the slot for its marker
+        others_turn_ = true;
         if (invalidation_.running()) {
             finishing_ = &op;
             finishing_result_ = result;
