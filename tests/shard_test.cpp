@@ -446,6 +446,27 @@ TEST(Unmap, PartOfManyVisitsHasItsMarkerToo)
         << op.reached << " bytes are gone, and no marker says so";
 }
 
+// A sweep that is owed comes between two operations, not between two visits of one.
+TEST(Unmap, OfManyVisitsLetsNoSweepIn)
+{
+    Rig rig({.leaf_lg2_max = 12, .space = DR_SPACE_IOVA, .memory = 256 * MiB});
+    ASSERT_EQ(rig.map(0, 128 * MiB, 0), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    ASSERT_EQ(rig.map(128 * MiB, MiB, 128 * MiB), 0);
+    const Op &op = rig.submit_unmap(0, 128 * MiB);
+    rig.step();
+    ASSERT_FALSE(op.over()) << "it takes more than a visit";
+    rig.write(0, 128 * MiB, 8);
+    rig.logging = true;
+    while (!op.over()) {
+        rig.now += 1'000'000;
+        rig.step();
+    }
+    rig.settle();
+    rig.drain();
+    EXPECT_THAT(rig.log, ElementsAre(dr_marker(DR_MARKER_EPOCH, 1), run(128 * MiB, 1)));
+}
+
 TEST(Unmap, EpochMarkerComesThoughNobodyTracks)
 {
     Rig rig(small_leaves(DR_SPACE_IOVA));
