@@ -154,6 +154,7 @@ Result<std::unique_ptr<Hwpt>> Hwpt::make(const dr_hwpt_alloc &request, const std
     auto *header = hwpt->translation.map.as<dr_translation_header>();
     *header = h;
     header->version = 0;
+    // Last, as R6 of the rings: who maps the region before the attach reply has brought it here sees no half header.
     std::atomic_ref(header->version).store(h.version, std::memory_order_release);
     return hwpt;
 }

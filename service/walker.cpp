@@ -53,7 +53,7 @@ void Walker::stop()
         void run() override {}
     };
     static Nothing nothing;
-    stopping_.store(true, std::memory_order_release);
+    stopping_.store(true, std::memory_order_release); // pairs with run()
     post(nothing);
 }
 
