@@ -27,6 +27,9 @@ static_assert(same(FaultReason::write_denied, DIRTYRING_FAULT_WRITE));
 static_assert(same(FaultReason::aperture, DIRTYRING_FAULT_APERTURE));
 static_assert(same(FaultReason::table, DIRTYRING_FAULT_TABLE));
 static_assert(same(FaultReason::memory, DIRTYRING_FAULT_MEMORY));
+static_assert(same(FaultReason::closed, DIRTYRING_FAULT_CLOSED));
+static_assert(Engine::pin_bytes_max == DIRTYRING_PIN_MAX);
+static_assert(dirtyring::iommu::Pins::slots_max == DR_DEVICE_PINS_MAX);
 
 const char *meaning(FaultReason reason)
 {
@@ -45,6 +48,8 @@ const char *meaning(FaultReason reason)
         return "a table entry points outside the tables";
     case FaultReason::memory:
         return "the output address is not in the guest's memory";
+    case FaultReason::closed:
+        return "it is being unmapped";
     }
     return "no fault";
 }
@@ -53,8 +58,8 @@ const char *meaning(FaultReason reason)
 
 struct alignas(DR_LINE_PAIR) dirtyring_dma {
     dirtyring_dma(const dirtyring::iommu::TranslationView &view, const dirtyring::iommu::GuestMemory &memory,
-                  dr_cell *cell, const Fd *bells)
-        : engine(view, memory, cell), doorbells(bells)
+                  const dirtyring::iommu::DmaThreads &threads, std::size_t index, const Fd *bells)
+        : engine(view, memory, threads, index), doorbells(bells)
     {
     }
 
@@ -80,6 +85,26 @@ struct alignas(DR_LINE_PAIR) dirtyring_dma {
             }
             met.done = done;
         }
+        return answer(met, fault);
+    }
+
+    // Calls step() within a section: the caller's, or one of its own.
+    template <class Step> void in_section(Step step)
+    {
+        const bool own = !engine.inside();
+        if (own)
+            engine.enter();
+        step();
+        if (own)
+            end();
+    }
+
+    int pin(std::uint64_t iova, std::uint64_t length, bool write, iovec *pieces, std::uint32_t *count,
+            dirtyring_fault *fault);
+    int unpin(unsigned slot);
+
+    static int answer(const DmaFault &met, dirtyring_fault *fault)
+    {
         if (fault != nullptr)
             *fault = {met.iova, static_cast<std::uint32_t>(met.reason), met.write, met.done};
         if (met.reason == FaultReason::none)
@@ -92,13 +117,53 @@ struct alignas(DR_LINE_PAIR) dirtyring_dma {
     const Fd *doorbells; // of the shards
 };
 
+int dirtyring_dma::pin(std::uint64_t iova, std::uint64_t length, bool write, iovec *pieces, std::uint32_t *count,
+                       dirtyring_fault *fault)
+{
+    const std::uint32_t room = *count;
+    std::uint32_t used = 0;
+    std::byte *end = nullptr; // of the piece before
+    const auto add = [&](std::byte *host, std::uint64_t n) {
+        if (host == end)
+            pieces[std::min(used, room) - 1].iov_len += n;
+        else if (used++ < room)
+            pieces[used - 1] = {host, n};
+        end = used <= room ? host + n : nullptr;
+    };
+    unsigned slot = 0;
+    DmaFault met;
+    int error = 0;
+    in_section([&] {
+        error = engine.pin(iova, length, write, slot, met, add);
+        if (error == 0 && used > room)
+            engine.cancel_pin(slot);
+    });
+    *count = used;
+    if (error == -EAGAIN)
+        return fail(EAGAIN, "all pins of this DMA thread are held");
+    if (error != 0)
+        return answer(met, fault);
+    if (used > room)
+        return fail(EMSGSIZE, "the range is in %u pieces, with room for %u", used, room);
+    return static_cast<int>(slot);
+}
+
+int dirtyring_dma::unpin(unsigned slot)
+{
+    if (!engine.pinned(slot))
+        return fail(EINVAL, "pin %u is not held", slot);
+    DmaFault met;
+    in_section([&] { met = engine.unpin(slot); });
+    return answer(met, nullptr);
+}
+
 struct dirtyring_device {
     int attach(const dirtyring_attach &attach);
     int detach();
-    int open(FdList &fds, const dr_device &reply, std::uint32_t threads);
+    int open(FdList &fds, const dr_device &reply, std::uint32_t threads, std::uint32_t pins);
     int open_tables(FdList &fds, std::uint32_t shards);
     int open_memory(FdList &fds, const dr_device &reply);
-    int make_threads(const Fd &cells_fd, std::uint32_t threads);
+    int make_threads(const Fd &cells_fd, std::uint32_t threads, std::uint32_t pins);
 
     Connection connection;
     Mapping tables;
@@ -120,13 +185,14 @@ int dirtyring_device::attach(const dirtyring_attach &attach)
     request.hwpt = attach.hwpt;
     request.flags = attach.cannot_track != 0 ? 0 : DR_DEVICE_CAN_TRACK;
     request.threads = threads;
+    request.pins = attach.pins;
     std::memcpy(request.token, attach.token, sizeof request.token);
     dr_device reply{};
     FdList fds;
     if (const int error = connection.call(DR_DEVICE_ATTACH, request, reply, fds, offsetof(dr_device, region));
         error != 0)
         return error;
-    const int error = open(fds, reply, threads);
+    const int error = open(fds, reply, threads, attach.pins);
     if (error != 0)
         detach(); // or the hwpt would have a device for as long as this process lives
     return error;
@@ -138,7 +204,7 @@ int dirtyring_device::detach()
     return connection.call(DR_DEVICE_DETACH, dr_empty{}, reply);
 }
 
-int dirtyring_device::open(FdList &fds, const dr_device &reply, std::uint32_t threads)
+int dirtyring_device::open(FdList &fds, const dr_device &reply, std::uint32_t threads, std::uint32_t pins)
 {
     if (reply.shards > DR_SHARDS_MAX || reply.regions > DR_GUEST_REGIONS_MAX)
         return fail(EPROTO, "the service speaks of %u shards and %u regions of memory", reply.shards, reply.regions);
@@ -148,7 +214,7 @@ int dirtyring_device::open(FdList &fds, const dr_device &reply, std::uint32_t th
         return error;
     if (const int error = open_memory(fds, reply); error != 0)
         return error;
-    return make_threads(fds.take(2), threads);
+    return make_threads(fds.take(2), threads, pins);
 }
 
 int dirtyring_device::open_tables(FdList &fds, std::uint32_t shards)
@@ -191,13 +257,17 @@ int dirtyring_device::open_memory(FdList &fds, const dr_device &reply)
     return 0;
 }
 
-int dirtyring_device::make_threads(const Fd &cells_fd, std::uint32_t threads)
+int dirtyring_device::make_threads(const Fd &cells_fd, std::uint32_t threads, std::uint32_t pins)
 {
-    if (const int error = map_region(cells_fd, threads * sizeof(dr_cell), PROT_READ | PROT_WRITE, "cells", cells);
+    const std::size_t cells_size = threads * sizeof(dr_cell);
+    const std::size_t slots = std::size_t{threads} * pins;
+    if (const int error = map_region(cells_fd, cells_size + slots * sizeof(dr_pin), PROT_READ | PROT_WRITE,
+                                     "region of cells and pins", cells);
         error != 0)
         return error;
+    const dirtyring::iommu::DmaThreads all{{cells.as<dr_cell>(), threads}, {cells.as<dr_pin>(cells_size), slots}};
     for (std::uint32_t i = 0; i < threads; ++i) {
-        dma[i] = make<dirtyring_dma>(view, memory, cells.as<dr_cell>() + i, doorbells);
+        dma[i] = make<dirtyring_dma>(view, memory, all, i, doorbells);
         if (!dma[i])
             return -ENOMEM;
     }
@@ -209,6 +279,10 @@ int dirtyring_device_attach(const char *socket_path, const dirtyring_attach *att
     *dev = nullptr;
     if (attach->threads > DR_DEVICE_THREADS_MAX)
         return fail(EINVAL, "a device has at most %u threads, not %u", DR_DEVICE_THREADS_MAX, attach->threads);
+    const std::uint32_t threads = std::max(1u, attach->threads);
+    if (attach->pins > DR_DEVICE_PINS_MAX / threads)
+        return fail(EINVAL, "a device has at most %u pins, not %u for each of %u threads", DR_DEVICE_PINS_MAX,
+                    attach->pins, threads);
     for (const uint32_t word : attach->reserved) {
         if (word != 0)
             return fail(EINVAL, "reserved words of struct dirtyring_attach are not zero");
@@ -238,6 +312,8 @@ int dirtyring_device_detach(dirtyring_device *dev)
     for (const auto &dma : owned->dma) {
         if (dma && dma->engine.inside())
             return keep(fail(EBUSY, "a thread of the device is inside a section"));
+        if (dma && dma->engine.pins() > 0)
+            return keep(fail(EBUSY, "a thread of the device holds %u pins", dma->engine.pins()));
     }
     const int error = owned->detach();
     return error == 0 || error == -ESHUTDOWN ? 0 : keep(error);
@@ -276,4 +352,19 @@ int dirtyring_dma_read(dirtyring_dma *dma, uint64_t iova, void *data, uint64_t l
     auto *to = static_cast<std::byte *>(data);
     return dma->run(length, fault,
                     [=](std::uint64_t done, std::uint64_t n) { return dma->engine.read(iova + done, to + done, n); });
+}
+
+int dirtyring_dma_pin(dirtyring_dma *dma, uint64_t iova, uint64_t length, uint32_t direction, iovec *pieces,
+                      uint32_t *count, dirtyring_fault *fault)
+{
+    if (length == 0 || length > DIRTYRING_PIN_MAX)
+        return fail(EINVAL, "a pin of %" PRIu64 " bytes, expected 1 to %u", length, DIRTYRING_PIN_MAX);
+    if (direction != DIRTYRING_READ && direction != DIRTYRING_WRITE)
+        return fail(EINVAL, "direction %#x, expected DIRTYRING_READ or DIRTYRING_WRITE", direction);
+    return dma->pin(iova, length, direction == DIRTYRING_WRITE, pieces, count, fault);
+}
+
+int dirtyring_dma_unpin(dirtyring_dma *dma, int pin)
+{
+    return dma->unpin(static_cast<unsigned>(pin));
 }

@@ -104,8 +104,8 @@ enum dirtyring_harvest {
 struct dirtyring_unmapped {
     uint64_t done; /* bytes from iova that are unmapped now */
     uint64_t
-        epoch; /* in IOVA rings: keep translating with the old map until each ring whose slice the range touches has
-                       passed this marker; 0: none */
+        epoch; /* in IOVA rings: keep translating the `done` bytes with the old map until the ring of their slice has
+                       passed this very marker, which may come before or after; 0: none */
 };
 
 /* All of them wait for the service. -ESHUTDOWN: it is gone. -EBUSY: completions of pipelined commands wait to be reaped

@@ -14,6 +14,8 @@
 
 #include "client/dirtyring.h"
 
+#include <sys/uio.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -26,7 +28,8 @@ struct dirtyring_attach {
     uint32_t hwpt;
     uint32_t threads;      /* DMA threads; 0: 1; at most 64 */
     uint32_t cannot_track; /* 1: an IOMMU without Dirty bits; an hwpt that tracks refuses it */
-    uint32_t reserved[4];  /* zero */
+    uint32_t pins;         /* DMA in flight at once, of each thread; threads * pins at most 4096; 0: none */
+    uint32_t reserved[3];  /* zero */
 };
 
 /* Connects, attaches to the hwpt, and maps the guest's memory and the tables. On return every walker knows the device's
@@ -34,7 +37,7 @@ struct dirtyring_attach {
 DIRTYRING_API int dirtyring_device_attach(const char *socket_path, const struct dirtyring_attach *attach,
                                           struct dirtyring_device **dev);
 
-/* Detaches and frees; on failure the device stays. -EBUSY: a thread is in a section. NULL is allowed. When the service is gone
+/* Detaches and frees; on failure the device stays. -EBUSY: a thread is in a section or holds a pin. NULL is allowed. When the service is gone
  * there is nothing to detach from: frees, returns 0. */
 DIRTYRING_API int dirtyring_device_detach(struct dirtyring_device *dev);
 
@@ -52,6 +55,7 @@ enum dirtyring_fault_reason {
     DIRTYRING_FAULT_APERTURE = 4,    /* outside the IOVA space */
     DIRTYRING_FAULT_TABLE = 5,       /* a table entry points outside the tables, as if by a hardware error */
     DIRTYRING_FAULT_MEMORY = 6,      /* the OA is not in the guest's memory */
+    DIRTYRING_FAULT_CLOSED = 7,      /* pin: the range is being unmapped */
 };
 
 struct dirtyring_fault {
@@ -71,6 +75,28 @@ DIRTYRING_API int dirtyring_dma_write(struct dirtyring_dma *dma, uint64_t iova, 
                                       struct dirtyring_fault *fault);
 DIRTYRING_API int dirtyring_dma_read(struct dirtyring_dma *dma, uint64_t iova, void *data, uint64_t length,
                                      struct dirtyring_fault *fault);
+
+/* Pins: for DMA that is in flight without a section, as a disk read that lands straight in the guest's memory.
+ *
+ *   int pin = dirtyring_dma_pin(dma, iova, length, DIRTYRING_WRITE, pieces, &count, NULL);
+ *   … readv from the disk into pieces, by io_uring …
+ *   dirtyring_dma_unpin(dma, pin);        after the data has landed
+ *   … tell the guest …
+ *
+ * While it is pinned the translation stays: an unmap of the range waits, and so does a sync if the pin is for writing. Runs of
+ * the range are published all the same. When the process dies, what was pinned for writing is reported. */
+#define DIRTYRING_PIN_MAX (4u << 20) /* bytes of one pin */
+
+/* Pins [iova, iova + length) for DMA that reads guest memory (DIRTYRING_READ) or writes it (DIRTYRING_WRITE), and puts the pieces
+ * of guest memory it translates to, in order, into `pieces`. *count: of entries there; on return of those used. iova and length
+ * need no alignment. Returns the pin, 0 or more, or: -EAGAIN: all pins are held. -EMSGSIZE: more pieces than *count, which
+ * now tells how many. -EINVAL: the length is 0 or over DIRTYRING_PIN_MAX, or neither READ nor WRITE. -EFAULT: *fault tells (may be NULL). */
+DIRTYRING_API int dirtyring_dma_pin(struct dirtyring_dma *dma, uint64_t iova, uint64_t length, uint32_t direction,
+                                    struct iovec *pieces, uint32_t *count, struct dirtyring_fault *fault);
+
+/* Gives a pin back, from the thread that took it; for writing, it is dirty from here on. -EINVAL: no such pin is held.
+ * -EFAULT: the tables were damaged, and not all of it could be marked dirty; the pin is gone. */
+DIRTYRING_API int dirtyring_dma_unpin(struct dirtyring_dma *dma, int pin);
 
 #ifdef __cplusplus
 }

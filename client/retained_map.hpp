@@ -1,6 +1,7 @@
 // What the runs of IOVA rings mean. An IOVA may have been unmapped and mapped again before its run is read; a run
 // before the epoch marker of an unmap means the map that the unmap ended. So a map that has gone is retained until the
-// ring of its slice has passed that marker, and a run names the oldest retained map of its IOVA.
+// ring of its slice has passed that very marker (unmaps of other IOVAs may overtake it), and a run names the oldest retained map of
+// its IOVA.
 //
 //   ring of a slice    … run of X … marker 5 … run of X … marker 9 … run of X …
 //   X means                 A                     B                     C (live)
@@ -45,7 +46,7 @@ class RetainedMap
         const std::uint64_t space = static_cast<std::uint64_t>(slices_.size()) << slice_lg2_;
         const std::uint64_t end = start + std::min(length, space - std::min(start, space));
         for_slices(start, end, [&](Slice &slice, std::uint64_t from, std::uint64_t to) {
-            const bool read = epoch == 0 || !newer(epoch, slice.passed);
+            const bool read = epoch == 0 || std::erase(slice.read, epoch) > 0;
             for (auto e = slice.live.first_in(from, to); e; e = slice.live.first_in(from, to)) {
                 const std::uint64_t cut_start = std::max(e->start, from);
                 const std::uint64_t cut_end = std::min(e->end, to);
@@ -56,12 +57,12 @@ class RetainedMap
         });
     }
 
-    // The ring of the slice has passed the marker of `epoch`.
+    // The ring of the slice has passed the marker of `epoch`, perhaps before the unmap was heard to be complete.
     void passed(std::uint32_t shard, std::uint64_t epoch)
     {
         Slice &slice = slices_.at(shard);
-        slice.passed = epoch;
-        std::erase_if(slice.gone, [&](const Gone &g) { return !newer(g.epoch, epoch); });
+        if (std::erase_if(slice.gone, [&](const Gone &g) { return g.epoch == epoch; }) == 0)
+            slice.read.push_back(epoch);
     }
 
     // Visits (oa, length) of each piece of a run, in order. False: some of it is not mapped, and nothing behind that is
@@ -110,8 +111,8 @@ class RetainedMap
 
     struct Slice {
         iommu::ExtentMap live;
-        std::deque<Gone> gone; // oldest first
-        std::uint64_t passed = 0;
+        std::deque<Gone> gone;           // oldest first
+        std::vector<std::uint64_t> read; // epochs whose markers came before their unmap was heard to be complete
 
         // The OA of `at` in the oldest map; `end` shrinks to where that map, or this map's being the oldest, ends.
         [[nodiscard]] std::optional<std::uint64_t> oldest(std::uint64_t at, std::uint64_t &end) const
@@ -133,14 +134,6 @@ class RetainedMap
     };
 
     static constexpr iommu::Rights rights{true, true}; // irrelevant here
-
-    // Epochs are counted modulo 2^44.
-    static bool newer(std::uint64_t a, std::uint64_t b)
-    {
-        constexpr std::uint64_t modulus = std::uint64_t{1} << DR_PAYLOAD_BITS;
-        const std::uint64_t distance = (a - b) % modulus;
-        return distance != 0 && distance < modulus / 2;
-    }
 
     template <class Visit> void for_slices(std::uint64_t start, std::uint64_t end, Visit visit)
     {

@@ -7,6 +7,7 @@
 #include "iommu/fault.hpp"
 #include "iommu/format.hpp"
 #include "iommu/geometry.hpp"
+#include "iommu/pins.hpp"
 #include "iommu/section.hpp"
 #include "iommu/summary.hpp"
 
@@ -15,6 +16,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 namespace dirtyring::iommu {
@@ -27,6 +29,7 @@ enum class FaultReason : std::uint32_t {
     aperture,
     table,
     memory,
+    closed,
 };
 
 struct DmaFault {
@@ -116,9 +119,20 @@ class TranslationView
         return std::atomic_ref(shards_[shard(iova)].tracking).load(std::memory_order_seq_cst) != 0;
     }
 
-    [[nodiscard]] bool asleep(unsigned shard) const
+    // enum dr_asleep
+    [[nodiscard]] std::uint64_t asleep(unsigned shard) const
     {
-        return std::atomic_ref(shards_[shard].asleep).load(std::memory_order_seq_cst) != 0; // S5
+        return std::atomic_ref(shards_[shard].asleep).load(std::memory_order_seq_cst); // S5, P3
+    }
+
+    // May [start, last] not be pinned now?
+    [[nodiscard]] bool closed(std::uint64_t start, std::uint64_t last) const
+    {
+        for (unsigned i = shard(start); i <= shard(last); ++i) {
+            if (Closing(shards_[i]).covers(start, last))
+                return true;
+        }
+        return false;
     }
 
     // The line word that stands for entries of `table`, where `iova` leads.
@@ -142,22 +156,36 @@ class TranslationView
 template <Format F> class DmaThread
 {
   public:
-    DmaThread(const TranslationView &view, const GuestMemory &memory, dr_cell *cell)
-        : view_(view), memory_(memory), section_(cell)
+    static constexpr std::uint64_t pin_bytes_max = 4ull << 20; // so that a section stays short
+
+    // Thread `index` of a device.
+    DmaThread(const TranslationView &view, const GuestMemory &memory, const DmaThreads &threads, std::size_t index)
+        : view_(view), memory_(memory), section_(&threads.cells[index]),
+          pins_(&threads.cells[index], threads.pins_of(index))
     {
     }
 
-    void enter() { section_.enter(); }
+    void enter()
+    {
+        if (!(fault(Fault::section_over_io) && section_.inside()))
+            section_.enter();
+    }
 
     // Bit i: shard i's walker sleeps and must be rung.
     [[nodiscard]] std::uint64_t leave()
     {
-        section_.leave();
+        if (!(fault(Fault::section_over_io) && pins_.count() > 0))
+            section_.leave();
+        const std::uint64_t turned = std::exchange(turned_, 0);
+        const std::uint64_t given_back = std::exchange(given_back_, 0);
         std::uint64_t bells = 0;
-        for (std::uint64_t owed = std::exchange(turned_, 0); owed != 0; owed &= owed - 1) {
+        for (std::uint64_t owed = turned | given_back; owed != 0; owed &= owed - 1) {
             const auto shard = static_cast<unsigned>(std::countr_zero(owed));
-            if (view_.asleep(shard) && !fault(Fault::no_doorbell))
-                bells |= 1ull << shard;
+            const std::uint64_t bit = owed & -owed;
+            const std::uint64_t asleep = view_.asleep(shard);
+            if ((asleep != DR_AWAKE && (turned & bit) != 0 && !fault(Fault::no_doorbell)) ||
+                (asleep == DR_ASLEEP_PINS && (given_back & bit) != 0 && !fault(Fault::no_pin_bell)))
+                bells |= bit;
         }
         return bells;
     }
@@ -168,7 +196,7 @@ template <Format F> class DmaThread
     DmaFault write(std::uint64_t iova, const void *data, std::uint64_t length)
     {
         const auto *from = static_cast<const std::byte *>(data);
-        return transfer(iova, length, true, [&](std::byte *host, std::uint64_t done, std::uint64_t n) {
+        return for_pieces(iova, length, true, true, [&](std::byte *host, std::uint64_t done, std::uint64_t n) {
             std::memcpy(host, from + done, n);
         });
     }
@@ -176,9 +204,53 @@ template <Format F> class DmaThread
     DmaFault read(std::uint64_t iova, void *data, std::uint64_t length)
     {
         auto *to = static_cast<std::byte *>(data);
-        return transfer(iova, length, false, [&](const std::byte *host, std::uint64_t done, std::uint64_t n) {
+        return for_pieces(iova, length, false, false, [&](const std::byte *host, std::uint64_t done, std::uint64_t n) {
             std::memcpy(to + done, host, n);
         });
+    }
+
+    // Inside a section: pins [iova, iova + length) for DMA that goes on when the section is over. Calls piece(host, n) for each
+    // contiguous piece of guest memory, in order. length: 1 to pin_bytes_max. -EAGAIN: all slots are held; -EFAULT: see `fault`.
+    template <class Piece>
+    int pin(std::uint64_t iova, std::uint64_t length, bool write, unsigned &slot, DmaFault &fault, Piece piece)
+    {
+        const std::uint64_t last = iova + length - 1;
+        fault = {iova, FaultReason::aperture, write, 0};
+        if (last < iova || last >> view_.header().aperture_lg2 != 0)
+            return -EFAULT;
+        const bool closed_before = dirtyring::fault(Fault::pin_after_look) && view_.closed(iova, last);
+        point(Point::device_before_pin);
+        const std::optional<unsigned> taken = pins_.take({iova, last, write});
+        if (!taken)
+            return -EAGAIN;
+        if (dirtyring::fault(Fault::pin_after_look) ? closed_before : view_.closed(iova, last)) // P1
+            fault = {iova, FaultReason::closed, write, 0};
+        else
+            fault = for_pieces(iova, length, write, dirtyring::fault(Fault::mark_before_data),
+                               [&](std::byte *host, std::uint64_t, std::uint64_t n) { piece(host, n); });
+        if (fault.reason != FaultReason::none) {
+            give_back(*taken);
+            return -EFAULT;
+        }
+        slot = *taken;
+        return 0;
+    }
+
+    [[nodiscard]] bool pinned(unsigned slot) const { return pins_.held(slot); }
+    [[nodiscard]] unsigned pins() const { return pins_.count(); }
+
+    // Inside a section: gives back a pin whose DMA was never begun.
+    void cancel_pin(unsigned slot) { give_back(slot); }
+
+    // Inside a section, after the data has landed: sets D where the pin was for writing, and gives the slot back.
+    DmaFault unpin(unsigned slot)
+    {
+        const PinRange range = pins_.range(slot);
+        DmaFault fault;
+        if (range.write && !dirtyring::fault(Fault::mark_before_data))
+            fault = for_pieces(range.start, range.last - range.start + 1, true, true, [](auto...) {});
+        give_back(slot);
+        return fault;
     }
 
   private:
@@ -200,23 +272,32 @@ template <Format F> class DmaThread
     static constexpr unsigned small_sets = 1024;
     static constexpr unsigned large_sets = 64;
 
-    template <class Copy> DmaFault transfer(std::uint64_t iova, std::uint64_t length, bool write, Copy copy)
+    // Calls use(host, done, n) for each piece that one translation covers. mark: set D as well.
+    template <class Use> DmaFault for_pieces(std::uint64_t iova, std::uint64_t length, bool write, bool mark, Use use)
     {
         std::uint64_t done = 0;
         while (done < length) {
             const std::uint64_t at = iova + done;
             std::byte *host = nullptr;
             std::uint64_t contiguous = 0;
-            if (const FaultReason reason = translate(at, write, host, contiguous); reason != FaultReason::none)
+            if (const FaultReason reason = translate(at, write, mark, host, contiguous); reason != FaultReason::none)
                 return {at, reason, write, done};
             const std::uint64_t n = std::min(contiguous, length - done);
-            copy(host, done, n);
+            use(host, done, n);
             done += n;
         }
         return {0, FaultReason::none, write, done};
     }
 
-    FaultReason translate(std::uint64_t iova, bool write, std::byte *&host, std::uint64_t &contiguous)
+    void give_back(unsigned slot)
+    {
+        const PinRange range = pins_.range(slot);
+        pins_.give_back(slot);
+        for (unsigned i = view_.shard(range.start); i <= view_.shard(range.last); ++i)
+            given_back_ |= 1ull << i;
+    }
+
+    FaultReason translate(std::uint64_t iova, bool write, bool mark, std::byte *&host, std::uint64_t &contiguous)
     {
         if (iova >> view_.header().aperture_lg2 != 0)
             return FaultReason::aperture;
@@ -224,23 +305,23 @@ template <Format F> class DmaThread
         Cached &small = small_[(iova >> small_lg2) % small_sets];
         Cached &large = large_[(iova >> large_lg2) % large_sets];
         if (small.generation == generation && small.piece == iova >> small_lg2)
-            return use(small, small_lg2, iova, write, host, contiguous);
+            return use(small, small_lg2, iova, write, mark, host, contiguous);
         if (fault(Fault::iotlb_across_regions) && large.piece == iova >> large_lg2)
-            return use(large, large_lg2, iova, write, host, contiguous);
+            return use(large, large_lg2, iova, write, mark, host, contiguous);
         if (large.generation == generation && large.piece == iova >> large_lg2)
-            return use(large, large_lg2, iova, write, host, contiguous);
-        return walk(iova, write, generation, host, contiguous);
+            return use(large, large_lg2, iova, write, mark, host, contiguous);
+        return walk(iova, write, mark, generation, host, contiguous);
     }
 
-    FaultReason use(Cached &c, unsigned lg2, std::uint64_t iova, bool write, std::byte *&host,
+    FaultReason use(Cached &c, unsigned lg2, std::uint64_t iova, bool write, bool mark, std::byte *&host,
                     std::uint64_t &contiguous)
     {
         if (write ? !c.rights.write : !c.rights.read)
             return write ? FaultReason::write_denied : FaultReason::read_denied;
-        if (write && !c.writes_freely) {
+        if (mark && !c.writes_freely) {
             // The entry keeps its tag: it is only as fresh as its walk.
             if (!set_accessed(c.leaf, c.seen, true, c.word, c.index, iova))
-                return walk(iova, write, c.generation, host, contiguous);
+                return walk(iova, write, mark, c.generation, host, contiguous);
             c.writes_freely = true;
         }
         const std::uint64_t offset = iova & ((1ull << lg2) - 1);
@@ -249,7 +330,7 @@ template <Format F> class DmaThread
         return FaultReason::none;
     }
 
-    FaultReason walk(std::uint64_t iova, bool write, std::uint64_t generation, std::byte *&host,
+    FaultReason walk(std::uint64_t iova, bool write, bool mark, std::uint64_t generation, std::byte *&host,
                      std::uint64_t &contiguous)
     {
         const dr_translation_header &h = view_.header();
@@ -278,7 +359,7 @@ template <Format F> class DmaThread
             const bool tracking = view_.tracking(iova);
             const std::uint64_t word = view_.line_word(table, iova);
             const unsigned index = entry_index(iova, level);
-            if (!set_accessed(entry, seen, write && tracking, word, index, iova))
+            if (!set_accessed(entry, seen, mark && tracking, word, index, iova))
                 return FaultReason::not_present;
 
             const std::uint64_t oa = e.address + (iova & ((1ull << entry_lg2(level)) - 1));
@@ -293,7 +374,7 @@ template <Format F> class DmaThread
             if (fault(Fault::tag_after_walk))
                 generation = view_.generation(iova);
             Cached &c = lg2 == small_lg2 ? small_[(iova >> lg2) % small_sets] : large_[(iova >> lg2) % large_sets];
-            c = {generation, iova >> lg2, base, entry, seen, word, index, rights, write || !tracking};
+            c = {generation, iova >> lg2, base, entry, seen, word, index, rights, mark || !tracking};
             const std::uint64_t offset = iova & ((1ull << lg2) - 1);
             host = base + offset;
             contiguous = (1ull << lg2) - offset;
@@ -343,7 +424,9 @@ template <Format F> class DmaThread
     TranslationView view_;
     const GuestMemory &memory_;
     Section section_;
-    std::uint64_t turned_ = 0; // shards whose table bits this section turned
+    Pins pins_;
+    std::uint64_t turned_ = 0;     // shards whose table bits this section turned
+    std::uint64_t given_back_ = 0; // shards of the pins that this section gave back
     Cached small_[small_sets];
     Cached large_[large_sets];
 };

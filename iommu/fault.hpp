@@ -19,6 +19,10 @@ enum class Fault {
     summary_without_order, // the summary is set before D
     summary_shared,        // 1 GiB leaves of all shards share summary words
     no_doorbell,           // a sleeping walker is not rung
+    section_over_io,       // a thread with a pin stays in its section
+    pin_after_look,        // a slot is taken after the look at what is closed
+    mark_before_data,      // D is set when a pin is taken, not when the data has landed
+    no_pin_bell,           // a walker that waits for a pin is not rung
     // walker
     no_grace,               // publish at once
     publish_before_advance, // publish, then invalidate
@@ -29,10 +33,23 @@ enum class Fault {
     unmap_waits_for_room,   // an unmap waits for its consumer instead of answering AGAIN
     enable_without_advance, // enabling tracking leaves the IOTLBs alone
     no_full_scan_on_death,  // a dead device's half-made summary is trusted
+    unmap_ignores_pins,     // an unmap does not wait for pins
+    sync_ignores_pins,      // a sync does not wait for pins
+    no_grace_after_pins,    // a sync's pass begins as soon as the pins are gone
+    death_ignores_pins,     // what a dead device had pinned is not reported
     detach_stopped,         // a live device's cells are dropped by force
     no_want_kick,           // the walker sleeps before a full ring without asking for a kick
     no_second_look,         // the walker sleeps without looking again after setting its flag
     arm_without_look,       // the producer publishes without looking at the event index
+};
+
+// A place where a test may step in between two instructions of the protocol.
+enum class Point {
+    device_before_tag,
+    device_between_dirty_and_summary,
+    device_before_pin,
+    walker_before_advance,
+    walker_before_sleep,
 };
 
 #if DIRTYRING_FAULTS
@@ -43,8 +60,6 @@ inline bool fault(Fault f)
     return active_fault.load(std::memory_order_relaxed) == f;
 }
 
-// A place where a test may step in between two instructions of the protocol.
-enum class Point { device_before_tag, device_between_dirty_and_summary, walker_before_advance, walker_before_sleep };
 inline std::function<void(Point)> at_point;
 inline void point(Point p)
 {
@@ -58,7 +73,6 @@ constexpr bool fault(Fault)
 {
     return false;
 }
-enum class Point { device_before_tag, device_between_dirty_and_summary, walker_before_advance, walker_before_sleep };
 constexpr void point(Point) {}
 
 #endif

@@ -5,8 +5,8 @@
  *    tables (service rw, devices rw)          translation (service rw, devices ro)     cells (device rw, service reads)
  *    ┌─────────────────────────────┐          ┌─────────────────────────────┐          ┌───────────────────┐
  *    │ table bits   1 a table page │          │ header                      │          │ cell of thread 0  │
- *    │ line words  64 a table page │          │ shard controls              │          │ cell of thread 1  │
- *    │ table pages  4 KiB each     │          │ generations  1 a region     │          │ …                 │
+ *    │ line words  64 a table page │          │ shard controls              │          │ …                 │
+ *    │ table pages  4 KiB each     │          │ generations  1 a region     │          │ pins of thread 0… │
  *    └─────────────────────────────┘          └─────────────────────────────┘          └───────────────────┘
  *
  * A table is named by its index t; a table entry holds t << 12 where hardware has the next table's address. The top tables are
@@ -44,7 +44,7 @@
  *                    table bit, if not yet set                                load-sc, RMW-sc   (S4)
  *     data           write the guest's memory                                 plain             (S1)
  *   D leave          cell: odd → even                                         store-release     (S1)
- *     ring           if it turned a table bit from 0 to 1: asleep of that shard?  load-sc       (S5)
+ *     ring           if it turned a table bit from 0 to 1: asleep of that shard not DR_AWAKE?  load-sc  (S5)
  *
  *   W take           table bits, then line words: exchange with 0             RMW-sc            (S4)
  *     read           leaves of the lines taken                                load-sc           (S4)
@@ -69,6 +69,38 @@
  *   S7    W stores tracking, then advances; D loads the generation, then tracking: who sees the new generation sees it armed
  *
  * S1 speaks of ordinary stores: who writes the guest's memory with non-temporal ones fences them before leaving.
+ *
+ * The pin protocol, for DMA that is in flight without a section: a section over asynchronous I/O would hold up every publication.
+ * Whoever takes translations away, or promises that DMA is over, waits for pins; publishing never does.
+ *
+ *   D pin, inside a section:
+ *     take           slot: range, direction                                   store-release    (P4)
+ *                    pinned of the thread's cell: one more                    store-sc         (P1)
+ *                    slot: count even → odd                                   store-sc         (P1)
+ *     look           closing of each shard of the range                       load-sc          (P1)
+ *                    does one of its ranges overlap? then give back, no translation
+ *     translate      as above, and look at the rights; D stays as it is
+ *   D unpin, inside a section, when the data has landed and before the guest is told:
+ *     mark           as above, each leaf of a pin for writing; at all because the data came after any D that was there
+ *     give back      slot: count odd → even                                   store-sc         (P2, P3)
+ *                    pinned: one less                                         store-release
+ *     leave, ring    as above; who gave back: asleep of the range's shards is DR_ASLEEP_PINS?  load-sc  (P3)
+ *
+ *   W unmap          close the range (closing)                                store-sc         (P1)
+ *     sample         pinned of each cell; where it is not 0, the slots        load-sc          (P1)
+ *     wait           until each slot in the range that was odd has changed    load-acquire     (P2)
+ *     take out       the leaves, as without pins; then open the range         store-sc
+ *   W sync           after the leading grace: sample the slots for writing    load-sc          (P1)
+ *     wait           until each that was odd has changed                      load-acquire     (P2)
+ *                    if there were any: another grace; then the pass
+ *   W device dead    what its odd slots for writing cover is dirty
+ *
+ *   P1    store buffering: D stores its slot then loads closing; W stores closing then loads slots. So either D sees that the range is
+ *         closed, or W sees the slot and waits. What a pin translated to stays until it is given back
+ *   P2    D's give-back releases its D bits and summary; W's wait acquires them: an unmap finds the D of every pin it waited for. (A
+ *         sync needs the second grace too: the pin may have found D set by a thread that has not come to the summary)
+ *   P3    store buffering: D gives back then loads asleep; W sets asleep then looks at the slots
+ *   P4    W loads a slot's range with acquire, then its count again: unchanged, the range belongs to it
  *
  * What a hostile device may write, and what comes of it: summary bits of tables and lines that do not exist are masked away; a
  * cell that stays odd holds up its own guest; entries are reported only where something is mapped; table pointers are never followed
@@ -119,21 +151,53 @@ struct dr_translation_header {
     uint64_t translation_size;
 };
 
-struct dr_shard_control {
-    DR_IOMMU_ALIGN uint64_t asleep;   /* 1: the walker sleeps: ring the doorbell after setting a table bit (S5) */
-    DR_IOMMU_ALIGN uint64_t tracking; /* 1: set Dirty; loaded at each walk, after the generation */
-    uint64_t first_table;
+/* Ranges of IOVAs, closed intervals, that must not be pinned now. */
+#define DR_CLOSED_MAX 7
+struct dr_closed {
+    DR_IOMMU_ALIGN uint64_t count; /* of ranges in use */
+    struct {
+        uint64_t start;
+        uint64_t last;
+    } range[DR_CLOSED_MAX];
 };
 
-/* One thread's section counter: odd inside, even outside. Written by that thread only. */
+enum dr_asleep {
+    DR_AWAKE = 0,
+    DR_ASLEEP = 1,      /* ring the doorbell after turning a table bit (S5) */
+    DR_ASLEEP_PINS = 2, /* ring it also after giving back a pin (P3) */
+};
+
+struct dr_shard_control {
+    DR_IOMMU_ALIGN uint64_t asleep;   /* enum dr_asleep */
+    DR_IOMMU_ALIGN uint64_t tracking; /* 1: set Dirty; loaded at each walk, after the generation */
+    uint64_t first_table;
+    uint64_t
+        closing; /* a version: closed[closing & 1] holds. Load it, read the ranges (acquire), load it again: unchanged, they
+                         belonged together; else again. The other one is only written before closing names it */
+    struct dr_closed closed[2];
+};
+
+/* One thread's section counter and pins. Written by that thread only. */
 struct dr_cell {
-    DR_IOMMU_ALIGN uint64_t count;
+    DR_IOMMU_ALIGN uint64_t count; /* odd inside a section, even outside */
+    uint64_t pinned;               /* slots held */
+};
+
+/* A pin slot. Those of thread i follow the cells: slots [i * pins, (i + 1) * pins). Written by that thread only. */
+struct dr_pin {
+    uint64_t count; /* odd: held */
+    uint64_t start; /* IOVAs of the DMA in flight, */
+    uint64_t last;  /*   closed interval */
+    uint64_t write; /* 1: it writes guest memory */
 };
 
 DR_IOMMU_ASSERT(sizeof(struct dr_translation_header) == 112, "ABI");
-DR_IOMMU_ASSERT(sizeof(struct dr_shard_control) == 256, "ABI");
+DR_IOMMU_ASSERT(sizeof(struct dr_closed) == 128, "ABI");
+DR_IOMMU_ASSERT(sizeof(struct dr_shard_control) == 512, "ABI");
 DR_IOMMU_ASSERT(offsetof(struct dr_shard_control, tracking) == 128, "ABI");
+DR_IOMMU_ASSERT(offsetof(struct dr_shard_control, closed) == 256, "ABI");
 DR_IOMMU_ASSERT(sizeof(struct dr_cell) == 128, "ABI");
+DR_IOMMU_ASSERT(sizeof(struct dr_pin) == 32, "ABI");
 
 #ifdef __cplusplus
 }

@@ -232,6 +232,13 @@ template <Format F> class Slice
             std::atomic_ref(line.entries[std::countr_zero(mask)]).fetch_and(~F::dirty_bit, std::memory_order_seq_cst);
     }
 
+    // Sets D in the owner's name: a device may have written there and cannot say so any more. Summarized by nobody: the owner owes
+    // a full scan.
+    static void make_dirty(const Leaf &leaf)
+    {
+        std::atomic_ref(*leaf.entry).fetch_or(F::dirty_bit, std::memory_order_seq_cst);
+    }
+
   private:
     static constexpr std::uint32_t no_child = 0xffff'ffff;
     static constexpr std::uint32_t leaf_child = 0xffff'fffe;

@@ -62,7 +62,7 @@ class BenchHwpt
         };
         config.call = [] {};
         shard_ = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
-        shard_->add_cells({cells_.map.as<dr_cell>(), 1});
+        shard_->add(threads());
         consumer_ = std::make_unique<ring::Consumer<std::uint64_t>>(consumer_region_.map.as<dr_ring_consumer>(),
                                                                     producer_.map.as<dr_ring_producer>(), ring_entries);
 
@@ -71,7 +71,7 @@ class BenchHwpt
         iommu::TranslationView translation_view;
         must(iommu::TranslationView::open(translation_.map.data(), translation_.map.size(), tables_.map.data(),
                                           tables_.map.size(), translation_view));
-        dma_ = std::make_unique<iommu::DmaThread<iommu::AmdV1>>(translation_view, memory_, cells_.map.as<dr_cell>());
+        dma_ = std::make_unique<iommu::DmaThread<iommu::AmdV1>>(translation_view, memory_, threads(), 0);
 
         for (std::uint64_t at = 0; at < memory_bytes_; at += guest_bytes) {
             DoneOp map;
@@ -120,7 +120,11 @@ class BenchHwpt
     }
 
     // The whole of it, whatever the summary says.
-    void owe_full_scan() { shard_->bury_cells({}); }
+    void owe_full_scan()
+    {
+        shard_->bury(threads());
+        shard_->add(threads());
+    }
 
     service::Shard &shard() { return *shard_; }
     iommu::DmaThread<iommu::AmdV1> &dma() { return *dma_; }
@@ -128,6 +132,8 @@ class BenchHwpt
     std::uint64_t tick() { return ++now_; }
 
   private:
+    [[nodiscard]] iommu::DmaThreads threads() const { return {{cells_.map.as<dr_cell>(), 1}, {}}; }
+
     static void must(int error)
     {
         if (error != 0)

@@ -39,6 +39,7 @@ extern "C" {
 #define DR_GUEST_REGIONS_MAX 64u
 #define DR_SHARDS_MAX 64u
 #define DR_DEVICE_THREADS_MAX 64u
+#define DR_DEVICE_PINS_MAX 4096u /* of all threads of a device */
 
 /* Features. Both sides offer, both use what both offered. */
 #define DR_FEATURE_SUMMARY (1ull << 0)  /* devices set summary words (iommu/layout.h) */
@@ -153,8 +154,8 @@ struct dr_ring {
 
 #define DR_DEVICE_CAN_TRACK (1u << 0) /* its IOMMU sets Dirty bits */
 
-/* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; the hwpt
- * requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's attach). EBUSY: attached already. ENOSPC:
+/* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; threads * pins is
+ * over DR_DEVICE_PINS_MAX; the hwpt requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's attach). EBUSY: attached already. ENOSPC:
  * too many devices. ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the device did not
  * offer DR_FEATURE_SUMMARY: where it left a leaf dirty, another would not summarize it. */
 struct dr_device_attach {
@@ -163,6 +164,8 @@ struct dr_device_attach {
     uint32_t flags;   /* DR_DEVICE_* */
     uint32_t threads; /* DMA threads, each with a cell */
     uint8_t token[DR_TOKEN_BYTES];
+    uint32_t pins;     /* slots of each thread, for DMA in flight without a section; may be 0 */
+    uint32_t reserved; /* zero */
 };
 
 struct dr_device_region {
@@ -171,7 +174,7 @@ struct dr_device_region {
     uint64_t offset;
 };
 
-/* DETACH: EBUSY: a thread is inside a section. */
+/* DETACH: EBUSY: a thread is inside a section or holds a pin. */
 struct dr_device {
     uint32_t size;
     uint32_t id;
@@ -198,7 +201,7 @@ DR_STATIC_ASSERT(sizeof(struct dr_ring) == 8, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_guest) == 40, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_memory_region) == 32, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 40, "ABI");
-DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 32, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 40, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_device) == 16 + 24 * DR_GUEST_REGIONS_MAX, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_refusal) == 252, "ABI");
 DR_STATIC_ASSERT(3 + DR_SHARDS_MAX + DR_GUEST_REGIONS_MAX <= DR_MESSAGE_FDS_MAX, "an attach reply fits in one message");

@@ -150,9 +150,10 @@ DR_STATIC_ASSERT(offsetof(struct dr_ring_consumer, armed) == 128, "ABI");
 
 /* A consumer skips a kind below 128 that it does not know, and takes one from 128 up for ALL_DIRTY. */
 enum dr_marker {
-    DR_MARKER_SYNC = 1,      /* payload: cookie. All DMA that completed before the request lies before this */
-    DR_MARKER_EPOCH = 2,     /* payload: epoch. Runs before this mean maps older than it.
-                              Put into each ring whose slice the unmap touched */
+    DR_MARKER_SYNC = 1,  /* payload: cookie. All DMA that completed before the request lies before this */
+    DR_MARKER_EPOCH = 2, /* payload: epoch of an unmap. All runs of what it took away lie before this, runs of what is
+                              mapped there later behind it. One in each ring of whose slice it took something away;
+                              those of different unmaps come in any order, as unmaps of other IOVAs may overtake */
     DR_MARKER_ALL_DIRTY = 3, /* everything mapped in this slice is dirty */
     DR_MARKER_END = 4,       /* nothing follows: the hwpt is gone */
 };

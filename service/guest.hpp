@@ -65,12 +65,10 @@ struct Hwpt {
 struct Device {
     std::uint32_t id;
     std::uint32_t hwpt;
-    std::uint32_t threads;
     int pid;
     ring::Fd pidfd;
     ring::Region cells;
-
-    [[nodiscard]] std::span<dr_cell> cell_span() const { return {cells.map.as<dr_cell>(), threads}; }
+    iommu::DmaThreads threads; // in cells
 };
 
 struct Guest {

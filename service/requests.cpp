@@ -315,10 +315,16 @@ void Control::device_attach(Connection &c)
     if (hwpt_found == guest->hwpts.end())
         return refuse(c.id, {ENOENT, fmt::format("there is no hwpt {}", request.hwpt)});
     Hwpt &hwpt = *hwpt_found->second;
-    if (request.threads == 0 || request.threads > DR_DEVICE_THREADS_MAX || (request.flags & ~DR_DEVICE_CAN_TRACK) != 0)
+    if (request.threads == 0 || request.threads > DR_DEVICE_THREADS_MAX ||
+        (request.flags & ~DR_DEVICE_CAN_TRACK) != 0 || request.reserved != 0)
         return refuse(
-            c.id, {EINVAL, fmt::format("threads is {} (expected 1 to {}), flags {:#x} (known {:#x})", request.threads,
-                                       DR_DEVICE_THREADS_MAX, request.flags, DR_DEVICE_CAN_TRACK)});
+            c.id, {EINVAL,
+                   fmt::format("threads is {} (expected 1 to {}), flags {:#x} (known {:#x}), reserved {} (expected 0)",
+                               request.threads, DR_DEVICE_THREADS_MAX, request.flags, DR_DEVICE_CAN_TRACK,
+                               request.reserved)});
+    if (request.pins > DR_DEVICE_PINS_MAX / request.threads)
+        return refuse(c.id, {EINVAL, fmt::format("{} threads with {} pins each, expected at most {} pins in all",
+                                                 request.threads, request.pins, DR_DEVICE_PINS_MAX)});
     if (hwpt.tracks && (request.flags & DR_DEVICE_CAN_TRACK) == 0)
         return refuse(
             c.id, {EINVAL,
@@ -334,13 +340,16 @@ void Control::device_attach(Connection &c)
     const auto device = std::make_shared<Device>();
     device->id = guest->next_id++;
     device->hwpt = request.hwpt;
-    device->threads = request.threads;
     device->pid = process->pid;
     device->pidfd = std::move(process->pidfd);
+    const std::size_t pins = std::size_t{request.threads} * request.pins;
+    const std::size_t cells_size = request.threads * sizeof(dr_cell);
     if (const int error =
-            device->cells.make("dirtyring-cells", request.threads * sizeof(dr_cell), ring::Pages::present);
+            device->cells.make("dirtyring-cells", cells_size + pins * sizeof(dr_pin), ring::Pages::present);
         error != 0)
         return refuse(c.id, {-error, "no memory for the device's cells"});
+    device->threads = {{device->cells.map.as<dr_cell>(), request.threads},
+                       {device->cells.map.as<dr_pin>(cells_size), pins}};
 
     dr_device payload{};
     payload.id = device->id;
@@ -368,7 +377,7 @@ void Control::device_attach(Connection &c)
 
     std::vector<Work> works;
     for (const ShardHome &s : hwpt.shards)
-        works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->add_cells(device->cell_span()); });
+        works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->add(device->threads); });
     ask(std::move(works),
         [this, id = c.id, payload, out = std::make_shared<Fds>(fds.take())] { reply(id, payload, std::move(*out)); });
     spdlog::info("connection {}: device {} of process {} attached to hwpt {}", c.id, device->id, device->pid,
@@ -387,15 +396,19 @@ void Control::device_detach(Connection &c)
     }
     const std::shared_ptr<Guest> guest = found->second;
     const std::shared_ptr<Device> device = guest->devices.at(c.device);
-    for (dr_cell &cell : device->cell_span()) {
+    for (dr_cell &cell : device->threads.cells) {
         // Acquire: what the thread wrote in its sections is before what we do now (S1).
         if ((std::atomic_ref(cell.count).load(std::memory_order_acquire) & 1) != 0)
             return refuse(c.id, {EBUSY, "a DMA thread of the device is inside a section"});
     }
+    for (dr_pin &pin : device->threads.pins) {
+        if ((std::atomic_ref(pin.count).load(std::memory_order_acquire) & 1) != 0) // P2
+            return refuse(c.id, {EBUSY, "a DMA thread of the device holds a pin"});
+    }
     c.role = Connection::Role::greeted;
     std::vector<Work> works;
     for (const ShardHome &s : guest->hwpts.at(device->hwpt)->shards)
-        works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->remove_cells(device->cell_span()); });
+        works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->remove(device->threads); });
     ask(std::move(works), [this, id = c.id, guest, device] {
         release(*guest, device->id);
         reply(id, dr_empty{});
@@ -440,7 +453,7 @@ void Control::on_process_gone(std::uint64_t watch)
     spdlog::info("device {}: process {} has ended", id, device->pid);
     std::vector<Work> works;
     for (const ShardHome &s : guest->hwpts.at(device->hwpt)->shards)
-        works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->bury_cells(device->cell_span()); });
+        works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->bury(device->threads); });
     ask(std::move(works), [this, guest, id = id] { release(*guest, id); });
 }
 

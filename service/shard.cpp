@@ -4,9 +4,11 @@
 #include "iommu/invalidation.hpp"
 #include "iommu/slice.hpp"
 #include "ring/control.h"
+#include "service/owed_pins.hpp"
 #include "service/pass.hpp"
 #include "service/publisher.hpp"
 
+#include <algorithm>
 #include <cassert>
 #include <cerrno>
 #include <optional>
@@ -26,6 +28,8 @@ constexpr unsigned visit_lines = 2048;
 constexpr unsigned visit_leaves = 4096;
 // Leaves of an unmap that are staged together.
 constexpr unsigned unmap_chunk = 64;
+// Pin slots looked at in one visit.
+constexpr unsigned visit_slots = 4096;
 // How soon to look again at what nobody will wake us for: a device inside a section, deferred runs.
 constexpr std::uint64_t recheck_ns = 200'000;
 // A stream of map changes lets a sweep through this often.
@@ -38,7 +42,8 @@ template <iommu::Format F> class ShardOf final : public Shard
   public:
     explicit ShardOf(ShardConfig config)
         : slice_(config.geometry, config.index, config.tables, config.leaf_lg2_max, std::move(config.make_present)),
-          invalidation_(config.generations), control_(config.control), min_interval_ns_(config.min_interval_ns)
+          invalidation_(config.generations), control_(config.control), closing_(*config.control),
+          min_interval_ns_(config.min_interval_ns)
     {
         if (config.producer != nullptr)
             ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
@@ -63,11 +68,10 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (cancelled_)
             complete(op, -ECANCELED);
         else if (op.kind == ShardOp::Kind::sync)
-            syncs_.push_back({&op, accepted_, SyncPhase::lead});
-        else {
-            ops_.push_back(&op);
-            ++accepted_;
-        }
+            syncs_.push_back(
+                {&op, accepted_, ops_.size() + aside_.size(), SyncPhase::lead, {slice_.start(), slice_.end(), true}});
+        else
+            ops_.push_back({&op, accepted_++});
     }
 
     void cancel() override
@@ -77,7 +81,9 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (finishing_ != nullptr)
             complete(*std::exchange(finishing_, nullptr), -ECANCELED);
         for (; !ops_.empty(); ops_.pop_front())
-            complete(*ops_.front(), -ECANCELED);
+            complete(*ops_.front().op, -ECANCELED);
+        for (; !aside_.empty(); aside_.pop_back())
+            complete(*aside_.back().queued.op, -ECANCELED);
         for (; !syncs_.empty(); syncs_.pop_front())
             complete(*syncs_.front().op, -ECANCELED);
         if (ring_ && ring_->room() > 0) { // nobody does DMA through it any more, so nothing staged has to wait
@@ -97,9 +103,15 @@ template <iommu::Format F> class ShardOf final : public Shard
             rest.until_ns = now_ + recheck_ns;
             return rest;
         }
-        if (!ops_.empty()) {
+        if (!ops_.empty() && !front_is_blocked()) {
             rest.busy = true;
             return rest;
+        }
+        if (waits_for_pins()) {
+            fall_asleep(DR_ASLEEP_PINS);                               // P3
+            rest.busy = !fault(Fault::no_second_look) && pins_moved(); // P3: look again
+            if (rest.busy)
+                return rest;
         }
         if (!ring_)
             return rest;
@@ -113,7 +125,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             rest.busy = !fault(Fault::no_second_look) && !waits_for_consumer(); // R5: look again
             return rest;
         }
-        if (!syncs_.empty() || pass_.running()) {
+        if (sync_can_go() || pass_.running()) {
             rest.busy = true;
             return rest;
         }
@@ -123,9 +135,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             rest.until_ns = std::min(rest.until_ns, pass_began_ + min_interval_ns_);
             return rest;
         }
-        std::atomic_ref(control_->asleep).store(1, std::memory_order_seq_cst); // S5
-        asleep_ = true;
-        point(Point::walker_before_sleep);
+        fall_asleep(waits_for_pins() ? DR_ASLEEP_PINS : DR_ASLEEP);          // S5
         rest.busy = !fault(Fault::no_second_look) && slice_.any_table_bit(); // S5: look again
         return rest;
     }
@@ -133,29 +143,65 @@ template <iommu::Format F> class ShardOf final : public Shard
     void wake() override
     {
         if (std::exchange(asleep_, false))
-            std::atomic_ref(control_->asleep).store(0, std::memory_order_seq_cst);
+            std::atomic_ref(control_->asleep).store(DR_AWAKE, std::memory_order_seq_cst);
         if (std::exchange(asked_for_kick_, false))
             ring_->want_kick(false);
     }
 
-    void add_cells(std::span<dr_cell> cells) override { invalidation_.add_cells(cells); }
-    void remove_cells(std::span<dr_cell> cells) override { invalidation_.remove_cells(cells); }
-
-    void bury_cells(std::span<dr_cell> cells) override
+    void add(const iommu::DmaThreads &threads) override
     {
-        invalidation_.remove_cells(cells);
-        if (tracking_ && !fault(Fault::no_full_scan_on_death))
+        invalidation_.add_cells(threads.cells);
+        devices_.push_back(threads);
+        // It can pin as soon as it is attached, and the unmap has not closed its range.
+        if (in_progress_ && ops_.front().op->kind == ShardOp::Kind::unmap && !ops_.front().closed)
+            close(ops_.front());
+    }
+
+    void remove(const iommu::DmaThreads &threads) override
+    {
+        invalidation_.remove_cells(threads.cells);
+        const auto device = std::find_if(devices_.begin(), devices_.end(), [&](const iommu::DmaThreads &d) {
+            return d.cells.data() == threads.cells.data();
+        });
+        const auto index = static_cast<std::size_t>(device - devices_.begin());
+        for (Aside &a : aside_)
+            a.pins.forget(index, threads);
+        for (Sync &s : syncs_)
+            s.pins.forget(index, threads);
+        devices_.erase(device);
+    }
+
+    void bury(const iommu::DmaThreads &threads) override
+    {
+        remove(threads);
+        if (!tracking_)
+            return;
+        if (!fault(Fault::death_ignores_pins))
+            owed_.add(threads, slice_.start(), slice_.end());
+        if (!fault(Fault::no_full_scan_on_death))
             pass_.begin(true);
     }
 
     ShardCounters counters() const override { return ring_ ? ring_->counters() : ShardCounters{}; }
 
   private:
-    enum class SyncPhase { lead, pass, marker };
+    struct Queued {
+        ShardOp *op;
+        std::uint64_t number;
+        bool closed = false; // its range may not be pinned any more
+    };
+    // An unmap that waits for pins.
+    struct Aside {
+        Queued queued;
+        iommu::PinWait pins;
+    };
+    enum class SyncPhase { lead, pins, pass, marker };
     struct Sync {
         ShardOp *op;
-        std::uint64_t after; // operations that come before it
+        std::uint64_t number; // of the next operation: it covers those before
+        std::size_t before;   // of those, how many are not finished
         SyncPhase phase;
+        iommu::PinWait pins;
     };
     struct Taken {
         Line line;
@@ -168,23 +214,33 @@ template <iommu::Format F> class ShardOf final : public Shard
     // What the end of the running grace period brings.
     struct After {
         bool publish = false;
-        bool pass = false; // of the sync in front
+        std::optional<SyncPhase> phase{}; // of the sync in front
     };
 
     bool visit()
     {
-        const bool sync = !syncs_.empty() && syncs_.front().after <= finished_;
+        bool worked = false;
+        if (!in_progress_) {
+            worked = look_aside();
+            if (!owed_.empty()) {
+                if (owed_.mark(slice_, visit_leaves))
+                    pass_.begin(true);
+                return true;
+            }
+        }
+        const bool sync = sync_can_go();
         const bool sweep_owed = tracking_ && now_ >= swept_ + sweep_at_least_every_ns;
         // Others come between two operations, not between two visits of one: an unmap counts on the slot for its marker, a map
         // on its own advance before the tables it took out are used again.
         const bool others = std::exchange(others_turn_, false) && (sync || sweep_owed);
-        if (!ops_.empty() && !others)
-            return run(*ops_.front());
+        const bool op = !ops_.empty() && !front_is_blocked();
+        if (op && !others)
+            return run(ops_.front());
         if (sync)
-            return run_sync(syncs_.front()) || !ops_.empty();
+            return run_sync(syncs_.front()) || op;
         if (tracking_ && !pass_.running() && !pace_allows())
-            return !ops_.empty();
-        return (tracking_ && sweep()) || publish() /* what deferred unmaps have left */ || !ops_.empty();
+            return op || worked;
+        return (tracking_ && sweep()) || publish() /* what deferred unmaps have left */ || op || worked;
     }
 
     // ---- grace ---------------------------------------------------------------------------------------------------
@@ -207,10 +263,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         const After after = std::exchange(after_, {});
         if (after.publish)
             publish();
-        if (after.pass) {
-            syncs_.front().phase = SyncPhase::pass;
-            pass_.begin(false);
-        }
+        if (after.phase)
+            enter_phase(*after.phase);
         if (finishing_ != nullptr)
             complete(*std::exchange(finishing_, nullptr), finishing_result_);
         return true;
@@ -224,6 +278,73 @@ template <iommu::Format F> class ShardOf final : public Shard
     void touch_mapped()
     {
         slice_.extents().for_each([&](const Extent &e) { invalidation_.touch(e.start, e.end - e.start); });
+    }
+
+    // ---- pins ----------------------------------------------------------------------------------------------------
+
+    [[nodiscard]] bool any_pins() const
+    {
+        return std::any_of(devices_.begin(), devices_.end(),
+                           [](const iommu::DmaThreads &d) { return !d.pins.empty(); });
+    }
+
+    void close(Queued &unmap)
+    {
+        closing_.close(unmap.op->start, unmap.op->end - 1);
+        unmap.closed = true;
+    }
+
+    // Closes the range of the unmap in front, and sets it aside until the pins that were taken before are gone.
+    void set_aside()
+    {
+        close(ops_.front());
+        const Queued front = ops_.front();
+        ops_.pop_front();
+        aside_.push_back({front, {front.op->start, front.op->end, false}});
+        look_aside();
+    }
+
+    // Puts those whose pins are gone in front of the others. True: there is more to be done at once.
+    bool look_aside()
+    {
+        unsigned budget = visit_slots;
+        bool worked = false;
+        for (auto a = aside_.begin(); a != aside_.end();) {
+            if (a->pins.passed(devices_, budget) || fault(Fault::unmap_ignores_pins)) {
+                ops_.push_front(a->queued);
+                a = aside_.erase(a);
+                worked = true;
+            } else {
+                worked |= !a->pins.sampled(devices_);
+                ++a;
+            }
+        }
+        return worked;
+    }
+
+    // There are no more ranges to close: it waits until one of those aside is finished.
+    [[nodiscard]] bool front_is_blocked() const
+    {
+        const Queued &front = ops_.front();
+        return front.op->kind == ShardOp::Kind::unmap && !front.closed && closing_.full();
+    }
+
+    [[nodiscard]] bool waits_for_pins() const
+    {
+        return !aside_.empty() || (!syncs_.empty() && syncs_.front().phase == SyncPhase::pins);
+    }
+
+    // Is there one that need not wait any longer, or has not seen all slots yet?
+    [[nodiscard]] bool pins_moved()
+    {
+        return look_aside() || (!syncs_.empty() && syncs_.front().phase == SyncPhase::pins && sync_can_go());
+    }
+
+    void fall_asleep(enum dr_asleep how)
+    {
+        std::atomic_ref(control_->asleep).store(how, std::memory_order_seq_cst);
+        asleep_ = true;
+        point(Point::walker_before_sleep);
     }
 
     // Everything staged has had its grace period.
@@ -251,7 +372,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             return ring_->room() == 0;
         if (pass_.running())
             return ring_->slots_for_runs() == 0;
-        return tracking_ && syncs_.empty() && min_interval_ns_ == 0 && !pace_allows();
+        return tracking_ && !sync_can_go() && min_interval_ns_ == 0 && !pace_allows();
     }
 
     // One batch of the running pass, or of a new one. False: nothing was found, or there is no room.
@@ -299,16 +420,43 @@ template <iommu::Format F> class ShardOf final : public Shard
         return true;
     }
 
+    // The operations before it are finished, and it waits for no pin.
+    [[nodiscard]] bool sync_can_go()
+    {
+        if (syncs_.empty() || syncs_.front().before > 0)
+            return false;
+        iommu::PinWait &pins = syncs_.front().pins;
+        unsigned budget = visit_slots;
+        return syncs_.front().phase != SyncPhase::pins || fault(Fault::sync_ignores_pins) ||
+               pins.passed(devices_, budget) || !pins.sampled(devices_);
+    }
+
+    void enter_phase(SyncPhase phase)
+    {
+        syncs_.front().phase = phase;
+        if (phase == SyncPhase::pass)
+            pass_.begin(false);
+    }
+
     bool run_sync(Sync &sync)
     {
         switch (sync.phase) {
         case SyncPhase::lead:
             if (fault(Fault::no_leading_grace)) {
-                sync.phase = SyncPhase::pass;
-                pass_.begin(false);
+                enter_phase(SyncPhase::pass);
             } else {
                 invalidation_.begin_grace();
-                after_ = {.pass = true};
+                after_ = {.phase = SyncPhase::pins};
+            }
+            return true;
+        case SyncPhase::pins:
+            if (unsigned budget = visit_slots; !sync.pins.passed(devices_, budget) && !fault(Fault::sync_ignores_pins))
+                return true; // there are slots still to be sampled
+            if (sync.pins.met_any() && !fault(Fault::no_grace_after_pins)) {
+                invalidation_.begin_grace();
+                after_ = {.phase = SyncPhase::pass};
+            } else {
+                enter_phase(SyncPhase::pass);
             }
             return true;
         case SyncPhase::pass:
@@ -334,8 +482,15 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     // ---- operations ----------------------------------------------------------------------------------------------
 
-    bool run(ShardOp &op)
+    bool run(Queued &front)
     {
+        ShardOp &op = *front.op;
+        if (op.kind == ShardOp::Kind::unmap && !front.closed && any_pins()) {
+            set_aside();
+            return true;
+        }
+        if (!std::exchange(in_progress_, true))
+            took_out_ = false;
         switch (op.kind) {
         case ShardOp::Kind::map:
             run_map(op);
@@ -364,9 +519,14 @@ template <iommu::Format F> class ShardOf final : public Shard
     // The operation in front is over as soon as the grace period has passed, or now if none runs.
     void finish(ShardOp &op, int result)
     {
-        assert(ops_.front() == &op);
+        const Queued front = ops_.front();
+        assert(front.op == &op);
         ops_.pop_front();
-        ++finished_;
+        if (front.closed)
+            closing_.open(op.start);
+        for (Sync &s : syncs_)
+            s.before -= front.number < s.number ? 1 : 0;
+        in_progress_ = false;
         others_turn_ = true;
         if (invalidation_.running()) {
             finishing_ = &op;
@@ -424,7 +584,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         slice_.reclaim(op.start, op.reached);
         touch_retired();
         const bool over = full || op.reached == op.end;
-        if (over && mark)
+        if (over && mark && took_out_)
             ring_->put_marker(DR_MARKER_EPOCH, op.epoch);
         if (!fault(Fault::unmap_without_grace))
             invalidate({.publish = op.harvest == ShardOp::Harvest::now || full});
@@ -484,6 +644,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             }
             invalidation_.touch(f.leaf.iova, f.leaf.length);
             slice_.unmapped(f.leaf);
+            took_out_ = true;
             op.reached = f.leaf.iova + f.leaf.length;
         }
     }
@@ -516,6 +677,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         set_tracking(false);
         pass_.abandon();
+        owed_.clear();
         touch_mapped();
         invalidate({.publish = true});
         finish(op, 0);
@@ -533,7 +695,9 @@ template <iommu::Format F> class ShardOf final : public Shard
     After after_;
     std::optional<Publisher> ring_; // with dirty tracking only
     dr_shard_control *control_;
+    iommu::Closing closing_;
     std::uint64_t min_interval_ns_;
+    std::vector<iommu::DmaThreads> devices_;
     bool tracking_ = false;
     bool cancelled_ = false;
 
@@ -543,10 +707,14 @@ template <iommu::Format F> class ShardOf final : public Shard
     std::uint64_t swept_ = 0;      // ns
     std::vector<Taken> taken_;     // lines of the batch being made
 
-    std::deque<ShardOp *> ops_;
+    OwedPins<F> owed_;
+
+    std::deque<Queued> ops_;
+    std::vector<Aside> aside_; // no more than ranges can be closed
     std::deque<Sync> syncs_;
     std::uint64_t accepted_ = 0;
-    std::uint64_t finished_ = 0;
+    bool in_progress_ = false; // the operation in front has begun
+    bool took_out_ = false;    // and has taken out a leaf
     bool others_turn_ = false;
     bool cleaning_ = false;
     ShardOp *finishing_ = nullptr; // waits for the grace period

@@ -2,20 +2,20 @@
 // other shards; nothing here waits, and one call does a bounded piece of work.
 //
 //   sweep    reserve → collect → stage → clear → advance → grace → publish → call
-//   unmap    for each leaf: read → stage if dirty → swap out; then advance → grace → publish → reply
-//   sync     leading grace → one pass of everything → publish → marker → publish
+//   unmap    close its range → pins gone → for each leaf: read → stage if dirty → swap out; then advance → grace → publish → reply
+//   sync     leading grace → pins gone → one pass of everything → publish → marker → publish
 //
-// At most one batch waits for its grace period. A shard is a template over the format and the interface below hides which.
+// At most one batch waits for its grace period. What waits for pins waits aside; everything else goes on. A shard is a template over the format and the interface below hides which.
 #pragma once
 
 #include "iommu/geometry.hpp"
+#include "iommu/pins.hpp"
 #include "ring/layout.h"
 
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <memory>
-#include <span>
 
 namespace dirtyring::service {
 
@@ -33,7 +33,7 @@ struct ShardOp {
     std::uint64_t end = 0;
     std::uint64_t oa = 0;     // map
     std::uint64_t cookie = 0; // sync
-    std::uint64_t epoch = 0;  // unmap: for the marker; 0: none
+    std::uint64_t epoch = 0;  // unmap: for the marker, which is put if anything was taken out; 0: none
 
     int result = 0;            // 0 or -errno
     std::uint64_t reached = 0; // unmap: everything below is unmapped
@@ -88,12 +88,12 @@ class Shard
     virtual Rest prepare_sleep(std::uint64_t now_ns) = 0;
     virtual void wake() = 0;
 
-    // From here on the threads of a device are waited for.
-    virtual void add_cells(std::span<dr_cell> cells) = 0;
-    // The device has left orderly: its threads are outside and stay there.
-    virtual void remove_cells(std::span<dr_cell> cells) = 0;
-    // The device is dead, perhaps between D and the summary.
-    virtual void bury_cells(std::span<dr_cell> cells) = 0;
+    // From here on the threads of a device, and their pins, are waited for.
+    virtual void add(const iommu::DmaThreads &threads) = 0;
+    // The device has left orderly: its threads are outside, hold no pin, and stay so.
+    virtual void remove(const iommu::DmaThreads &threads) = 0;
+    // The device is dead, perhaps between D and the summary, perhaps with pins.
+    virtual void bury(const iommu::DmaThreads &threads) = 0;
 
     [[nodiscard]] virtual ShardCounters counters() const = 0;
 };

@@ -4,9 +4,7 @@
 // The scenarios are scheduled by hand, in one thread: a walker is what is stepped, a device is an object. Where only hardware can show
 // the loss, two threads race a bounded number of times.
 #include "tests/hook.hpp"
-#include "tests/rig.hpp"
-
-#include <gtest/gtest.h>
+#include "tests/scenario.hpp"
 
 #include <array>
 #include <chrono>
@@ -19,31 +17,6 @@
 
 namespace dirtyring::test {
 namespace {
-
-struct Outcome {
-    std::uint64_t lost = 0; // pages
-    bool hung = false;
-    [[nodiscard]] bool bad() const { return lost != 0 || hung; }
-};
-
-using Scenario = Outcome (*)();
-
-constexpr std::uint64_t page0 = 0;
-constexpr std::uint64_t large = 2 * MiB;
-
-// All that was written is reported and copied, if the engine is sound.
-Outcome judge(Rig &rig)
-{
-    if (rig.sync() != 0)
-        return {rig.lost(), true};
-    return {rig.lost(), false};
-}
-
-void prepare(Rig &rig)
-{
-    ASSERT_EQ(rig.map(0, 4 * MiB, 0), 0);
-    ASSERT_EQ(rig.enable(), 0);
-}
 
 // ---- device --------------------------------------------------------------------------------------------------------
 
@@ -512,6 +485,22 @@ Control control(Fault fault)
         return {fault, "summary_shared", gigabyte_in_second_slice};
     case Fault::no_doorbell:
         return {fault, "no_doorbell", written_while_asleep};
+    case Fault::section_over_io:
+        return {fault, "section_over_io", published_while_pinned};
+    case Fault::pin_after_look:
+        return {fault, "pin_after_look", closed_while_pinning};
+    case Fault::mark_before_data:
+        return {fault, "mark_before_data", swept_while_pinned};
+    case Fault::no_pin_bell:
+        return {fault, "no_pin_bell", unpinned_while_asleep};
+    case Fault::unmap_ignores_pins:
+        return {fault, "unmap_ignores_pins", unmapped_while_pinned};
+    case Fault::sync_ignores_pins:
+        return {fault, "sync_ignores_pins", synced_while_pinned};
+    case Fault::no_grace_after_pins:
+        return {fault, "no_grace_after_pins", unpinned_before_summary};
+    case Fault::death_ignores_pins:
+        return {fault, "death_ignores_pins", died_with_pin};
     case Fault::no_grace:
         return {fault, "no_grace", swept_before_data};
     case Fault::publish_before_advance:

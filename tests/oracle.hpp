@@ -8,6 +8,7 @@
 #include <atomic>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
@@ -71,6 +72,23 @@ class Oracle
         }
         return f.reason;
     }
+    // The device's slot in the page, as asynchronous DMA.
+    Pin pin(unsigned device, unsigned block, std::uint64_t page, bool write)
+    {
+        return make_pin(rig_.device(device), layout_.iova(block) + page * page_size + device * slot_size, slot_size,
+                        write);
+    }
+    // Its data arrives, as a write of its own that is complete when the pin is given back.
+    Write land(unsigned device, const Pin &pin)
+    {
+        Write w = begin(device);
+        std::uint64_t data[slot_size / 8];
+        std::fill(std::begin(data), std::end(data), w.stamp);
+        std::memcpy(pin.pieces.front().data(), data, slot_size);
+        w.oas.push_back(static_cast<std::uint64_t>(pin.pieces.front().data() - rig_.source.data()) / page_size);
+        return w;
+    }
+
     Write begin(unsigned device)
     {
         const std::uint64_t stamp = journals_[device].issued.fetch_add(1, std::memory_order_seq_cst) + 1;

@@ -7,7 +7,9 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <mutex>
+#include <optional>
 #include <sched.h>
 #include <thread>
 
@@ -168,13 +170,14 @@ class Play
             t.join();
         if (!testing::Test::HasFatalFailure())
             sync();
-        std::printf(
-            "[   counts ] %llu writes, %llu faults, %llu maps, %llu unmaps (%llu AGAIN), %llu syncs; %llu runs, "
-            "%llu pages, %llu over-reported\n",
-            ull(oracle_.writes()), ull(faults_.load()), ull(maps_), ull(unmaps_), ull(again_), ull(syncs_),
-            ull(rig_.runs), ull(rig_.pages_reported), ull(rig_.over_reported));
+        std::printf("[   counts ] %llu writes, %llu pins, %llu faults, %llu maps, %llu unmaps (%llu AGAIN), %llu "
+                    "syncs; %llu runs, "
+                    "%llu pages, %llu over-reported\n",
+                    ull(oracle_.writes()), ull(pins_.load()), ull(faults_.load()), ull(maps_), ull(unmaps_),
+                    ull(again_), ull(syncs_), ull(rig_.runs), ull(rig_.pages_reported), ull(rig_.over_reported));
         EXPECT_EQ(rig_.stray, 0u);
         EXPECT_GT(oracle_.writes(), 0u);
+        EXPECT_GT(pins_.load(), 0u);
         EXPECT_GT(maps_, 0u);
         EXPECT_GT(unmaps_, 0u);
         EXPECT_GT(syncs_, 1u);
@@ -195,13 +198,35 @@ class Play
     void write(unsigned device, std::uint64_t seed)
     {
         std::mt19937_64 random(seed);
+        std::deque<Pin> pins;
+        const auto end_one = [&] {
+            std::optional<Oracle::Write> landed;
+            if (pins.front().write)
+                landed = oracle_.land(device, pins.front());
+            rig_.device(device).enter();
+            rig_.device(device).unpin(pins.front().slot);
+            if (rig_.device(device).leave() != 0)
+                walker_.ring();
+            if (landed)
+                oracle_.complete(device, *landed);
+            pins.pop_front();
+        };
         while (!stop_.load(std::memory_order_relaxed)) {
+            if (random() % 8 == 0) {
+                const auto [block, page] = place(random);
+                Pin pin = oracle_.pin(device, block, page, random() % 4 != 0);
+                if (pin.bells != 0)
+                    walker_.ring();
+                if (pin.error == 0)
+                    pins.push_back(std::move(pin));
+                pins_.fetch_add(pin.error == 0 ? 1 : 0, std::memory_order_relaxed);
+            }
+            if (pins.size() > 8 || (!pins.empty() && random() % 16 == 0))
+                end_one();
             Oracle::Write w = oracle_.begin(device);
             rig_.device(device).enter();
             for (std::uint64_t n = random() % 4 + 1; n > 0; --n) {
-                const bool hot = random() % 4 != 0;
-                const auto block = static_cast<unsigned>(random() % (hot ? 3 : Layout::blocks));
-                const std::uint64_t page = random() % (hot ? 32 : Layout::block_size / page_size);
+                const auto [block, page] = place(random);
                 if (random() % 16 == 0) {
                     std::uint64_t word = 0; // sets A
                     rig_.device(device).read(layout_.iova(block) + page * page_size + device * Oracle::slot_size, &word,
@@ -216,6 +241,15 @@ class Play
             if (random() % 8 == 0)
                 sched_yield();
         }
+        while (!pins.empty())
+            end_one();
+    }
+
+    static std::pair<unsigned, std::uint64_t> place(std::mt19937_64 &random)
+    {
+        const bool hot = random() % 4 != 0;
+        const auto block = static_cast<unsigned>(random() % (hot ? 3 : Layout::blocks));
+        return {block, random() % (hot ? 32 : Layout::block_size / page_size)};
     }
 
     // ---- the VMM
@@ -327,6 +361,7 @@ class Play
     std::mt19937_64 random_;
     std::atomic<bool> stop_{false};
     std::atomic<std::uint64_t> faults_{0};
+    std::atomic<std::uint64_t> pins_{0};
     Clock::time_point patience_;
     std::uint64_t maps_ = 0;
     std::uint64_t unmaps_ = 0;

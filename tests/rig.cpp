@@ -64,6 +64,17 @@ DR_UNWATCHED bool copy_page(std::byte *to, const std::byte *from)
     return differed;
 }
 
+Pin make_pin(Device &device, std::uint64_t iova, std::uint64_t length, bool write)
+{
+    Pin made;
+    made.write = write;
+    device.enter();
+    made.error = device.pin(iova, length, write, made.slot, made.fault,
+                            [&](std::byte *host, std::uint64_t n) { made.pieces.emplace_back(host, n); });
+    made.bells = device.leave();
+    return made;
+}
+
 Rig::Rig(const RigOptions &options)
     : geometry(iommu::make_geometry(DR_FORMAT_AMDV1, options.aperture_lg2, options.shards)), source(options.memory),
       destination(options.memory), options_(options), shards_(options.shards),
@@ -72,7 +83,9 @@ Rig::Rig(const RigOptions &options)
     deliver = [this](Op &op) { shard(op.shard).submit(op); };
     must(tables_region_.make("tables", geometry.tables_size, ring::Pages::sparse) == 0, "tables");
     must(translation_region_.make("translation", geometry.translation_size, ring::Pages::sparse) == 0, "translation");
-    must(cells_region_.make("cells", options.devices * sizeof(dr_cell), ring::Pages::present) == 0, "cells");
+    must(cells_region_.make("cells", options.devices * (sizeof(dr_cell) + options.pins * sizeof(dr_pin)),
+                            ring::Pages::present) == 0,
+         "cells");
 
     const iommu::Tables tables(tables_region_.map.data(), geometry);
     iommu::make_top_tables<iommu::AmdV1>(geometry, tables);
@@ -124,7 +137,7 @@ Rig::Rig(const RigOptions &options)
         must(s.shard != nullptr, "format");
     }
     for (unsigned i = 0; i < options.devices; ++i) {
-        devices_.push_back(std::make_unique<Device>(view, guest, cell(i)));
+        devices_.push_back(std::make_unique<Device>(view, guest, threads(i), 0));
         attach(i);
     }
 }
@@ -367,9 +380,10 @@ void Rig::copy_all()
 
 // ---- devices
 
-std::span<dr_cell> Rig::cells(unsigned device)
+iommu::DmaThreads Rig::threads(unsigned device)
 {
-    return {cells_region_.map.as<dr_cell>() + device, 1};
+    return {{cells_region_.map.as<dr_cell>() + device, 1},
+            {cells_region_.map.as<dr_pin>(options_.devices * sizeof(dr_cell)) + device * options_.pins, options_.pins}};
 }
 
 iommu::DmaFault Rig::write_inside(unsigned device, std::uint64_t iova, std::uint64_t length)
@@ -404,22 +418,48 @@ iommu::DmaFault Rig::read(unsigned device, std::uint64_t iova, std::uint64_t len
     return fault;
 }
 
+Pin Rig::pin(unsigned device, std::uint64_t iova, std::uint64_t length, bool write)
+{
+    Pin made = make_pin(this->device(device), iova, length, write);
+    rung |= made.bells;
+    return made;
+}
+
+void Rig::land(const Pin &pin)
+{
+    for (const std::span<std::byte> piece : pin.pieces) {
+        const auto oa = static_cast<std::uint64_t>(piece.data() - source.data());
+        for (std::uint64_t at = oa / page_size * page_size; at < oa + piece.size(); at += page_size)
+            written_.insert(at);
+        for (std::uint64_t i = 0; i < piece.size() / 8; ++i)
+            reinterpret_cast<std::uint64_t *>(piece.data())[i] = ++stamp_;
+    }
+}
+
+iommu::DmaFault Rig::unpin(unsigned device, const Pin &pin)
+{
+    this->device(device).enter();
+    const iommu::DmaFault fault = this->device(device).unpin(pin.slot);
+    rung |= this->device(device).leave();
+    return fault;
+}
+
 void Rig::attach(unsigned device)
 {
     for (PerShard &s : shards_)
-        s.shard->add_cells(cells(device));
+        s.shard->add(threads(device));
 }
 
 void Rig::detach(unsigned device)
 {
     for (PerShard &s : shards_)
-        s.shard->remove_cells(cells(device));
+        s.shard->remove(threads(device));
 }
 
 void Rig::bury(unsigned device)
 {
     for (PerShard &s : shards_)
-        s.shard->bury_cells(cells(device));
+        s.shard->bury(threads(device));
 }
 
 // ---- oracle

@@ -82,7 +82,21 @@ struct RigOptions {
     std::uint64_t min_interval_ns = 0;
     std::uint64_t memory = 64 * MiB; // of the guest, from OA 0
     unsigned devices = 2;            // one thread each
+    unsigned pins = 16;              // slots of each
 };
+
+// DMA that is in flight without a section.
+struct Pin {
+    bool write = true;
+    unsigned slot = 0;
+    int error = 0; // of the attempt; else it is held
+    iommu::DmaFault fault;
+    std::vector<std::span<std::byte>> pieces;
+    std::uint64_t bells = 0; // shards whose walkers must be rung
+};
+
+// In a section of its own.
+Pin make_pin(Device &device, std::uint64_t iova, std::uint64_t length, bool write);
 
 class Rig
 {
@@ -139,13 +153,17 @@ class Rig
     // ---- devices
 
     Device &device(unsigned i = 0) { return *devices_[i]; }
-    [[nodiscard]] std::span<dr_cell> cells(unsigned device);
-    [[nodiscard]] dr_cell *cell(unsigned device) { return cells(device).data(); }
+    [[nodiscard]] iommu::DmaThreads threads(unsigned device);
+    [[nodiscard]] dr_cell *cell(unsigned device) { return threads(device).cells.data(); }
     // In a section of its own, each word a new value.
     iommu::DmaFault write(unsigned device, std::uint64_t iova, std::uint64_t length);
     iommu::DmaFault read(unsigned device, std::uint64_t iova, std::uint64_t length);
     // The same within the caller's section.
     iommu::DmaFault write_inside(unsigned device, std::uint64_t iova, std::uint64_t length);
+    // Asynchronous DMA in three steps, the first and the last in sections of their own.
+    Pin pin(unsigned device, std::uint64_t iova, std::uint64_t length, bool write = true);
+    void land(const Pin &pin); // the data arrives, each word a new value
+    iommu::DmaFault unpin(unsigned device, const Pin &pin);
     void attach(unsigned device);
     void detach(unsigned device);
     void bury(unsigned device);

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <optional>
 #include <random>
 #include <string>
 
@@ -44,10 +45,12 @@ class Schedule
             act();
         calm_ = true;
         for (unsigned d = 0; d < devices; ++d) {
+            if (state_[d].dead && !state_[d].buried)
+                bury(d);
             if (state_[d].inside && !state_[d].dead)
                 leave(d);
-            if (state_[d].dead && !state_[d].buried)
-                rig_.bury(d);
+            while (!state_[d].pins.empty() && !state_[d].dead)
+                go_on(d);
         }
         for (unsigned i = 0; i < 2000 && !flights_.empty() && wrong_.empty(); ++i) {
             rig_.step_all();
@@ -78,6 +81,11 @@ class Schedule
         bool dead = false;
         bool buried = false;
         Oracle::Write write;
+        struct InFlight {
+            Pin pin;
+            std::optional<Oracle::Write> landed;
+        };
+        std::deque<InFlight> pins;
     };
     struct Flight {
         Op *op; // of a sync: the last shard's
@@ -135,10 +143,8 @@ class Schedule
             return;
         walking_ = true;
         for (unsigned d = 0; d < devices; ++d) {
-            if (state_[d].dead && !state_[d].buried && below(8) == 0) {
-                rig_.bury(d);
-                state_[d].buried = true;
-            }
+            if (state_[d].dead && !state_[d].buried && below(8) == 0)
+                bury(d);
         }
         for (std::uint64_t n = below(6) + 1; n > 0; --n)
             rig_.step(static_cast<unsigned>(below(rig_.shards())));
@@ -153,6 +159,11 @@ class Schedule
         if (s.dead || s.busy)
             return;
         s.busy = true;
+        if (!s.inside && below(3) == 0) {
+            asynchronous(d);
+            s.busy = false;
+            return;
+        }
         if (!s.inside) {
             s.write = oracle_.begin(d);
             rig_.device(d).enter();
@@ -172,6 +183,52 @@ class Schedule
         s.busy = false;
         if (s.inside && below(2) == 0)
             leave(d);
+    }
+
+    // What has landed counts from now on, although the device never said so.
+    void bury(unsigned d)
+    {
+        DeviceState &s = state_[d];
+        s.buried = true;
+        rig_.bury(d);
+        for (const DeviceState::InFlight &f : s.pins) {
+            if (f.landed)
+                oracle_.complete(d, *f.landed);
+        }
+    }
+
+    // Begins a DMA that needs no section, or takes the oldest a step further.
+    void asynchronous(unsigned d)
+    {
+        DeviceState &s = state_[d];
+        if (s.pins.size() < 4 && below(2) == 0) {
+            Pin pin = oracle_.pin(d, static_cast<unsigned>(below(4)), below(3) == 0 ? below(1024) : 2 * below(8),
+                                  below(4) != 0);
+            if (pin.error == 0)
+                s.pins.push_back({std::move(pin), std::nullopt});
+        } else if (!s.pins.empty()) {
+            go_on(d);
+        }
+    }
+
+    // The data of the oldest arrives, or it is given back.
+    void go_on(unsigned d)
+    {
+        DeviceState &s = state_[d];
+        DeviceState::InFlight &f = s.pins.front();
+        if (!f.landed) {
+            f.landed = f.pin.write ? oracle_.land(d, f.pin) : Oracle::Write{};
+            return;
+        }
+        const unsigned writer = std::exchange(writer_, d);
+        try {
+            rig_.unpin(d, f.pin);
+            oracle_.complete(d, *f.landed);
+            s.pins.pop_front();
+        } catch (const Death &) {
+            s.dead = true;
+        }
+        writer_ = writer;
     }
 
     void leave(unsigned d)
@@ -240,9 +297,9 @@ class Schedule
     // Alone, as the control plane sees to it.
     void restart_tracking()
     {
-        const bool quiet =
-            depth_ == 0 && !syncing() &&
-            std::none_of(state_.begin(), state_.end(), [](const DeviceState &s) { return s.inside || s.dead; });
+        const bool quiet = depth_ == 0 && !syncing() &&
+                           std::none_of(state_.begin(), state_.end(),
+                                        [](const DeviceState &s) { return s.inside || s.dead || s.busy; });
         if (!quiet)
             return;
         calm_ = true;
@@ -370,6 +427,10 @@ INSTANTIATE_TEST_SUITE_P(Faults, BrokenSchedules,
                                          std::pair{"summary_without_order", Fault::summary_without_order},
                                          std::pair{"no_grace", Fault::no_grace},
                                          std::pair{"publish_before_advance", Fault::publish_before_advance},
+                                         std::pair{"pin_after_look", Fault::pin_after_look},
+                                         std::pair{"mark_before_data", Fault::mark_before_data},
+                                         std::pair{"unmap_ignores_pins", Fault::unmap_ignores_pins},
+                                         std::pair{"death_ignores_pins", Fault::death_ignores_pins},
                                          std::pair{"unmap_without_grace", Fault::unmap_without_grace},
                                          std::pair{"enable_without_advance", Fault::enable_without_advance}),
                          [](const auto &info) { return std::string(info.param.first); });

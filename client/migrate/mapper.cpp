@@ -213,8 +213,10 @@ void Mapper::complete_unmap(const dr_completion &completion)
         std::find_if(unmaps_.begin(), unmaps_.end(), [&](const Unmap &u) { return u.id == completion.user_data >> 1; });
     if (it == unmaps_.end())
         throw Failure("the service completed an unmap that it was not asked for");
-    if (completion.epoch != 0)
-        it->epoch = completion.epoch;
+    if (meanings_ != nullptr) {
+        const std::lock_guard lock(meanings_->mutex);
+        meanings_->map.unmapped(it->iova + it->done, completion.done, completion.epoch);
+    }
     if (completion.result == -EAGAIN) {
         it->done += completion.done;
         it->retry_ns = now_ns() + retry_pause_ns;
@@ -223,12 +225,6 @@ void Mapper::complete_unmap(const dr_completion &completion)
     if (completion.result < 0)
         throw Failure(fmt::format("the unmap of line {} of {} was refused: {}", it->line, shared_.options.trace,
                                   std::strerror(-completion.result)));
-    if (meanings_ != nullptr) {
-        // Not before the whole of it is gone: until then nothing new is mapped there, and the live map is the right
-        // one.
-        const std::lock_guard lock(meanings_->mutex);
-        meanings_->map.unmapped(it->iova, it->length, it->epoch);
-    }
     unmaps_.erase(it);
 }
 

@@ -48,7 +48,6 @@ class Mapper
         std::uint64_t iova;
         std::uint64_t length;
         std::uint64_t done = 0;     // of length
-        std::uint64_t epoch = 0;    // the last one
         std::uint64_t retry_ns = 0; // when to ask for the rest, for which a ring had no room; 0: it has been asked for
         std::uint32_t line;
     };
