@@ -405,13 +405,20 @@ TEST(Schedules, LoseNothing)
                 static_cast<unsigned long long>(over));
 }
 
-class BrokenSchedules : public testing::TestWithParam<std::pair<const char *, Fault>>
+struct Broken {
+    const char *name;
+    Fault fault;
+
+    friend void PrintTo(const Broken &b, std::ostream *out) { *out << b.name; }
+};
+
+class BrokenSchedules : public testing::TestWithParam<Broken>
 {
 };
 
 TEST_P(BrokenSchedules, LoseSomething)
 {
-    const Breaking breaking(GetParam().second);
+    const Breaking breaking(GetParam().fault);
     for (std::uint64_t seed = 1; seed <= 1000; ++seed) {
         if (const std::string wrong = Schedule(seed).run(steps); !wrong.empty()) {
             std::printf("[     found ] seed %llu: %s\n", static_cast<unsigned long long>(seed), wrong.c_str());
@@ -422,18 +429,18 @@ TEST_P(BrokenSchedules, LoseSomething)
 }
 
 INSTANTIATE_TEST_SUITE_P(Faults, BrokenSchedules,
-                         testing::Values(std::pair{"tag_after_walk", Fault::tag_after_walk},
-                                         std::pair{"iotlb_across_regions", Fault::iotlb_across_regions},
-                                         std::pair{"summary_without_order", Fault::summary_without_order},
-                                         std::pair{"no_grace", Fault::no_grace},
-                                         std::pair{"publish_before_advance", Fault::publish_before_advance},
-                                         std::pair{"pin_after_look", Fault::pin_after_look},
-                                         std::pair{"mark_before_data", Fault::mark_before_data},
-                                         std::pair{"unmap_ignores_pins", Fault::unmap_ignores_pins},
-                                         std::pair{"death_ignores_pins", Fault::death_ignores_pins},
-                                         std::pair{"unmap_without_grace", Fault::unmap_without_grace},
-                                         std::pair{"enable_without_advance", Fault::enable_without_advance}),
-                         [](const auto &info) { return std::string(info.param.first); });
+                         testing::Values(Broken{"tag_after_walk", Fault::tag_after_walk},
+                                         Broken{"iotlb_across_regions", Fault::iotlb_across_regions},
+                                         Broken{"summary_without_order", Fault::summary_without_order},
+                                         Broken{"no_grace", Fault::no_grace},
+                                         Broken{"publish_before_advance", Fault::publish_before_advance},
+                                         Broken{"pin_after_look", Fault::pin_after_look},
+                                         Broken{"mark_before_data", Fault::mark_before_data},
+                                         Broken{"unmap_ignores_pins", Fault::unmap_ignores_pins},
+                                         Broken{"death_ignores_pins", Fault::death_ignores_pins},
+                                         Broken{"unmap_without_grace", Fault::unmap_without_grace},
+                                         Broken{"enable_without_advance", Fault::enable_without_advance}),
+                         [](const auto &info) { return std::string(info.param.name); });
 
 } // namespace
 } // namespace dirtyring::test

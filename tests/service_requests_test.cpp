@@ -18,6 +18,8 @@ using MakePlace = Place (*)(const Daemon &);
 struct RequestCase {
     dr_request request;
     MakePlace make;
+
+    friend void PrintTo(const RequestCase &c, std::ostream *out) { *out << c.request; }
 };
 
 Place hello_place(const Daemon &daemon)

@@ -146,6 +146,8 @@ TEST_F(Trace, TruncatedPlainFileIsFound)
 struct Wrong {
     const char *line;
     const char *expected;
+
+    friend void PrintTo(const Wrong &w, std::ostream *out) { *out << '"' << w.line << '"'; }
 };
 
 class WrongLine : public Trace, public testing::WithParamInterface<Wrong>
