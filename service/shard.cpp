@@ -4,6 +4,8 @@
 #include "iommu/invalidation.hpp"
 #include "iommu/slice.hpp"
 #include "ring/control.h"
+#include "service/leaf_taker.hpp"
+#include "service/op_queue.hpp"
 #include "service/owed_pins.hpp"
 #include "service/pass.hpp"
 #include "service/publisher.hpp"
@@ -20,15 +22,12 @@ namespace dirtyring::service {
 namespace {
 
 using iommu::Extent;
-using iommu::Leaf;
 using iommu::Line;
 
 // A visit ends after this many lines and tables, or leaves: some 50 µs.
 constexpr unsigned visit_lines = 2048;
 constexpr unsigned visit_leaves = 4096;
-// Leaves of an unmap that are staged together.
-constexpr unsigned unmap_chunk = 64;
-// Pin slots looked at in one visit.
+// Pin slots that a sync looks at in one visit.
 constexpr unsigned visit_slots = 4096;
 // How soon to look again at what nobody will wake us for: a device inside a section, deferred runs.
 constexpr std::uint64_t recheck_ns = 200'000;
@@ -42,8 +41,8 @@ template <iommu::Format F> class ShardOf final : public Shard
   public:
     explicit ShardOf(ShardConfig config)
         : slice_(config.geometry, config.index, config.tables, config.leaf_lg2_max, std::move(config.make_present)),
-          invalidation_(config.generations), control_(config.control), closing_(*config.control),
-          min_interval_ns_(config.min_interval_ns)
+          invalidation_(config.generations), taker_(slice_, invalidation_), control_(config.control),
+          min_interval_ns_(config.min_interval_ns), ops_(*config.control)
     {
         if (config.producer != nullptr)
             ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
@@ -69,9 +68,9 @@ template <iommu::Format F> class ShardOf final : public Shard
             complete(op, -ECANCELED);
         else if (op.kind == ShardOp::Kind::sync)
             syncs_.push_back(
-                {&op, accepted_, ops_.size() + aside_.size(), SyncPhase::lead, {slice_.start(), slice_.end(), true}});
+                {&op, ops_.accepted(), ops_.unfinished(), SyncPhase::lead, {slice_.start(), slice_.end(), true}});
         else
-            ops_.push_back({&op, accepted_++});
+            ops_.push(op);
     }
 
     void cancel() override
@@ -80,10 +79,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         after_ = {};
         if (finishing_ != nullptr)
             complete(*std::exchange(finishing_, nullptr), -ECANCELED);
-        for (; !ops_.empty(); ops_.pop_front())
-            complete(*ops_.front().op, -ECANCELED);
-        for (; !aside_.empty(); aside_.pop_back())
-            complete(*aside_.back().queued.op, -ECANCELED);
+        ops_.clear([](ShardOp &op) { complete(op, -ECANCELED); });
         for (; !syncs_.empty(); syncs_.pop_front())
             complete(*syncs_.front().op, -ECANCELED);
         if (ring_ && ring_->room() > 0) { // nobody does DMA through it any more, so nothing staged has to wait
@@ -103,16 +99,13 @@ template <iommu::Format F> class ShardOf final : public Shard
             rest.until_ns = now_ + recheck_ns;
             return rest;
         }
-        if (!ops_.empty() && !front_is_blocked()) {
-            rest.busy = true;
+        rest.busy = op_can_go();
+        if (!rest.busy && waits_for_pins()) {
+            fall_asleep(DR_ASLEEP_PINS);                                                 // P3
+            rest.busy = !fault(Fault::no_second_look) && (op_can_go() || sync_can_go()); // P3: look again
+        }
+        if (rest.busy)
             return rest;
-        }
-        if (waits_for_pins()) {
-            fall_asleep(DR_ASLEEP_PINS);                               // P3
-            rest.busy = !fault(Fault::no_second_look) && pins_moved(); // P3: look again
-            if (rest.busy)
-                return rest;
-        }
         if (!ring_)
             return rest;
         if (ring_->unpublished())
@@ -151,24 +144,15 @@ template <iommu::Format F> class ShardOf final : public Shard
     void add(const iommu::DmaThreads &threads) override
     {
         invalidation_.add_cells(threads.cells);
-        devices_.push_back(threads);
-        // It can pin as soon as it is attached, and the unmap has not closed its range.
-        if (in_progress_ && ops_.front().op->kind == ShardOp::Kind::unmap && !ops_.front().closed)
-            close(ops_.front());
+        ops_.add(threads);
     }
 
     void remove(const iommu::DmaThreads &threads) override
     {
         invalidation_.remove_cells(threads.cells);
-        const auto device = std::find_if(devices_.begin(), devices_.end(), [&](const iommu::DmaThreads &d) {
-            return d.cells.data() == threads.cells.data();
-        });
-        const auto index = static_cast<std::size_t>(device - devices_.begin());
-        for (Aside &a : aside_)
-            a.pins.forget(index, threads);
+        const std::size_t index = ops_.remove(threads);
         for (Sync &s : syncs_)
             s.pins.forget(index, threads);
-        devices_.erase(device);
     }
 
     void bury(const iommu::DmaThreads &threads) override
@@ -185,16 +169,6 @@ template <iommu::Format F> class ShardOf final : public Shard
     ShardCounters counters() const override { return ring_ ? ring_->counters() : ShardCounters{}; }
 
   private:
-    struct Queued {
-        ShardOp *op;
-        std::uint64_t number;
-        bool closed = false; // its range may not be pinned any more
-    };
-    // An unmap that waits for pins.
-    struct Aside {
-        Queued queued;
-        iommu::PinWait pins;
-    };
     enum class SyncPhase { lead, pins, pass, marker };
     struct Sync {
         ShardOp *op;
@@ -207,10 +181,6 @@ template <iommu::Format F> class ShardOf final : public Shard
         Line line;
         unsigned mask;
     };
-    struct Found {
-        Leaf leaf;
-        std::uint64_t seen;
-    };
     // What the end of the running grace period brings.
     struct After {
         bool publish = false;
@@ -219,28 +189,39 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     bool visit()
     {
-        bool worked = false;
-        if (!in_progress_) {
-            worked = look_aside();
-            if (!owed_.empty()) {
-                if (owed_.mark(slice_, visit_leaves))
-                    pass_.begin(true);
-                return true;
-            }
+        if (!ops_.in_progress() && !owed_.empty()) {
+            if (owed_.mark(slice_, visit_leaves))
+                pass_.begin(true);
+            return true;
         }
         const bool sync = sync_can_go();
         const bool sweep_owed = tracking_ && now_ >= swept_ + sweep_at_least_every_ns;
         // Others come between two operations, not between two visits of one: an unmap counts on the slot for its marker, a map
         // on its own advance before the tables it took out are used again.
         const bool others = std::exchange(others_turn_, false) && (sync || sweep_owed);
-        const bool op = !ops_.empty() && !front_is_blocked();
-        if (op && !others)
-            return run(ops_.front());
+        const bool op = op_can_go();
+        if (op && !others && ops_.next() != nullptr)
+            return run(*ops_.next());
         if (sync)
             return run_sync(syncs_.front()) || op;
         if (tracking_ && !pass_.running() && !pace_allows())
-            return op || worked;
-        return (tracking_ && sweep()) || publish() /* what deferred unmaps have left */ || op || worked;
+            return op;
+        return (tracking_ && sweep()) || publish() /* what deferred unmaps have left */ || op;
+    }
+
+    // There is one to go on with, or pin slots to look at.
+    [[nodiscard]] bool op_can_go() { return ops_.next() != nullptr || ops_.sampling(); }
+
+    [[nodiscard]] bool waits_for_pins() const
+    {
+        return ops_.waits_for_pins() || (!syncs_.empty() && syncs_.front().phase == SyncPhase::pins);
+    }
+
+    void fall_asleep(enum dr_asleep how)
+    {
+        std::atomic_ref(control_->asleep).store(how, std::memory_order_seq_cst);
+        asleep_ = true;
+        point(Point::walker_before_sleep);
     }
 
     // ---- grace ---------------------------------------------------------------------------------------------------
@@ -278,73 +259,6 @@ template <iommu::Format F> class ShardOf final : public Shard
     void touch_mapped()
     {
         slice_.extents().for_each([&](const Extent &e) { invalidation_.touch(e.start, e.end - e.start); });
-    }
-
-    // ---- pins ----------------------------------------------------------------------------------------------------
-
-    [[nodiscard]] bool any_pins() const
-    {
-        return std::any_of(devices_.begin(), devices_.end(),
-                           [](const iommu::DmaThreads &d) { return !d.pins.empty(); });
-    }
-
-    void close(Queued &unmap)
-    {
-        closing_.close(unmap.op->start, unmap.op->end - 1);
-        unmap.closed = true;
-    }
-
-    // Closes the range of the unmap in front, and sets it aside until the pins that were taken before are gone.
-    void set_aside()
-    {
-        close(ops_.front());
-        const Queued front = ops_.front();
-        ops_.pop_front();
-        aside_.push_back({front, {front.op->start, front.op->end, false}});
-        look_aside();
-    }
-
-    // Puts those whose pins are gone in front of the others. True: there is more to be done at once.
-    bool look_aside()
-    {
-        unsigned budget = visit_slots;
-        bool worked = false;
-        for (auto a = aside_.begin(); a != aside_.end();) {
-            if (a->pins.passed(devices_, budget) || fault(Fault::unmap_ignores_pins)) {
-                ops_.push_front(a->queued);
-                a = aside_.erase(a);
-                worked = true;
-            } else {
-                worked |= !a->pins.sampled(devices_);
-                ++a;
-            }
-        }
-        return worked;
-    }
-
-    // There are no more ranges to close: it waits until one of those aside is finished.
-    [[nodiscard]] bool front_is_blocked() const
-    {
-        const Queued &front = ops_.front();
-        return front.op->kind == ShardOp::Kind::unmap && !front.closed && closing_.full();
-    }
-
-    [[nodiscard]] bool waits_for_pins() const
-    {
-        return !aside_.empty() || (!syncs_.empty() && syncs_.front().phase == SyncPhase::pins);
-    }
-
-    // Is there one that need not wait any longer, or has not seen all slots yet?
-    [[nodiscard]] bool pins_moved()
-    {
-        return look_aside() || (!syncs_.empty() && syncs_.front().phase == SyncPhase::pins && sync_can_go());
-    }
-
-    void fall_asleep(enum dr_asleep how)
-    {
-        std::atomic_ref(control_->asleep).store(how, std::memory_order_seq_cst);
-        asleep_ = true;
-        point(Point::walker_before_sleep);
     }
 
     // Everything staged has had its grace period.
@@ -428,7 +342,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         iommu::PinWait &pins = syncs_.front().pins;
         unsigned budget = visit_slots;
         return syncs_.front().phase != SyncPhase::pins || fault(Fault::sync_ignores_pins) ||
-               pins.passed(devices_, budget) || !pins.sampled(devices_);
+               pins.passed(ops_.devices(), budget) || !pins.sampled(ops_.devices());
     }
 
     void enter_phase(SyncPhase phase)
@@ -450,7 +364,8 @@ template <iommu::Format F> class ShardOf final : public Shard
             }
             return true;
         case SyncPhase::pins:
-            if (unsigned budget = visit_slots; !sync.pins.passed(devices_, budget) && !fault(Fault::sync_ignores_pins))
+            if (unsigned budget = visit_slots;
+                !sync.pins.passed(ops_.devices(), budget) && !fault(Fault::sync_ignores_pins))
                 return true; // there are slots still to be sampled
             if (sync.pins.met_any() && !fault(Fault::no_grace_after_pins)) {
                 invalidation_.begin_grace();
@@ -482,14 +397,9 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     // ---- operations ----------------------------------------------------------------------------------------------
 
-    bool run(Queued &front)
+    bool run(ShardOp &op)
     {
-        ShardOp &op = *front.op;
-        if (op.kind == ShardOp::Kind::unmap && !front.closed && any_pins()) {
-            set_aside();
-            return true;
-        }
-        if (!std::exchange(in_progress_, true))
+        if (ops_.begin())
             took_out_ = false;
         switch (op.kind) {
         case ShardOp::Kind::map:
@@ -519,14 +429,9 @@ template <iommu::Format F> class ShardOf final : public Shard
     // The operation in front is over as soon as the grace period has passed, or now if none runs.
     void finish(ShardOp &op, int result)
     {
-        const Queued front = ops_.front();
-        assert(front.op == &op);
-        ops_.pop_front();
-        if (front.closed)
-            closing_.open(op.start);
+        const std::uint64_t number = ops_.finish();
         for (Sync &s : syncs_)
-            s.before -= front.number < s.number ? 1 : 0;
-        in_progress_ = false;
+            s.before -= number < s.number ? 1 : 0;
         others_turn_ = true;
         if (invalidation_.running()) {
             finishing_ = &op;
@@ -570,83 +475,19 @@ template <iommu::Format F> class ShardOf final : public Shard
         }
 
         const std::uint64_t from = op.reached;
-        if (report)
-            ring_->begin();
-        bool full = false;
-        for (unsigned budget = visit_leaves; budget > 0 && op.reached < op.end && !full;) {
-            budget -= std::min(budget, collect_leaves(op, report, full));
-            if (report)
-                ring_->stage();
-            take_out_leaves(op, report, full);
-        }
+        const auto taken = taker_.take(op.reached, op.end, report ? &*ring_ : nullptr, visit_leaves);
+        took_out_ |= taken.any;
         slice_.forget(from, op.reached);
         extents_changed();
         slice_.reclaim(op.start, op.reached);
         touch_retired();
-        const bool over = full || op.reached == op.end;
+        const bool over = taken.full || op.reached == op.end;
         if (over && mark && took_out_)
             ring_->put_marker(DR_MARKER_EPOCH, op.epoch);
         if (!fault(Fault::unmap_without_grace))
-            invalidate({.publish = op.harvest == ShardOp::Harvest::now || full});
+            invalidate({.publish = op.harvest == ShardOp::Harvest::now || taken.full});
         if (over)
-            finish(op, full ? -EAGAIN : 0);
-    }
-
-    // Adds a leaf, which is mapped, to the runs.
-    [[nodiscard]] bool no_room(const Leaf &leaf)
-    {
-        return ring_->add(leaf.iova, leaf.length) == Publisher::Added::no_room;
-    }
-
-    // Reads the next leaves and adds the dirty ones to the runs. How many; at least one, so that the caller's budget ends.
-    unsigned collect_leaves(ShardOp &op, bool report, bool &full)
-    {
-        found_.clear();
-        std::uint64_t at = op.reached;
-        while (found_.size() < unmap_chunk && at < op.end) {
-            const auto e = slice_.extents().first_in(at, op.end);
-            if (!e) {
-                at = op.end;
-                break;
-            }
-            const Leaf leaf = slice_.find(std::max(at, e->start));
-            const std::uint64_t seen = std::atomic_ref(*leaf.entry).load(std::memory_order_seq_cst);
-            if (report && F::dirty(seen) && no_room(leaf)) {
-                full = true;
-                break;
-            }
-            found_.push_back({leaf, seen});
-            at = leaf.iova + leaf.length;
-        }
-        if (found_.empty() && !full)
-            op.reached = at; // holes only
-        return std::max(1u, static_cast<unsigned>(found_.size()));
-    }
-
-    // Takes out the leaves found: as they were seen, or, if they changed, after they are staged. Ends at the leaf that has no room.
-    void take_out_leaves(ShardOp &op, bool report, bool &full)
-    {
-        for (const Found &f : found_) {
-            std::atomic_ref entry(*f.leaf.entry);
-            std::uint64_t now = f.seen;
-            bool out = report && F::dirty(f.seen) ? (entry.exchange(0, std::memory_order_seq_cst), true)
-                                                  : entry.compare_exchange_strong(now, 0, std::memory_order_seq_cst);
-            if (!out && !F::dirty(now)) // a read set A
-                out = entry.compare_exchange_strong(now, 0, std::memory_order_seq_cst);
-            if (!out) {
-                if (report && no_room(f.leaf)) {
-                    full = true;
-                    return;
-                }
-                if (report)
-                    ring_->stage();
-                entry.exchange(0, std::memory_order_seq_cst);
-            }
-            invalidation_.touch(f.leaf.iova, f.leaf.length);
-            slice_.unmapped(f.leaf);
-            took_out_ = true;
-            op.reached = f.leaf.iova + f.leaf.length;
-        }
+            finish(op, taken.full ? -EAGAIN : 0);
     }
 
     // Clean, then arm, then make everybody walk again. While tracking is off nobody sets D, so what is cleaned stays clean; a
@@ -692,12 +533,11 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     iommu::Slice<F> slice_;
     iommu::Invalidation invalidation_;
+    LeafTaker<F> taker_;
     After after_;
     std::optional<Publisher> ring_; // with dirty tracking only
     dr_shard_control *control_;
-    iommu::Closing closing_;
     std::uint64_t min_interval_ns_;
-    std::vector<iommu::DmaThreads> devices_;
     bool tracking_ = false;
     bool cancelled_ = false;
 
@@ -709,17 +549,13 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     OwedPins<F> owed_;
 
-    std::deque<Queued> ops_;
-    std::vector<Aside> aside_; // no more than ranges can be closed
+    OpQueue ops_;
     std::deque<Sync> syncs_;
-    std::uint64_t accepted_ = 0;
-    bool in_progress_ = false; // the operation in front has begun
-    bool took_out_ = false;    // and has taken out a leaf
+    bool took_out_ = false; // the unmap in progress has taken out a leaf
     bool others_turn_ = false;
     bool cleaning_ = false;
     ShardOp *finishing_ = nullptr; // waits for the grace period
     int finishing_result_ = 0;
-    std::vector<Found> found_;
 
     bool asleep_ = false;
     bool asked_for_kick_ = false;

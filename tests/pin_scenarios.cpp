@@ -19,17 +19,19 @@ Outcome published_while_pinned()
     return {after.lost, after.hung || hung};
 }
 
-// An unmap closes the range, and finds no pin, just before the slot is taken.
+// An unmap closes the range, finds no pin, and has taken out the first leaves, just before the slot is taken.
 Outcome closed_while_pinning()
 {
-    Rig rig;
-    prepare(rig);
+    constexpr std::uint64_t length = 32 * MiB;
+    Rig rig({.leaf_lg2_max = 12});
+    EXPECT_EQ(rig.map(0, length, 0), 0);
+    EXPECT_EQ(rig.enable(), 0);
     const Op *unmap = nullptr;
     const Hook hook(Point::device_before_pin, [&] {
-        unmap = &rig.submit_unmap(0, 4 * MiB);
+        unmap = &rig.submit_unmap(0, length);
         rig.step();
     });
-    const Pin pin = rig.pin(0, page0, page_size);
+    const Pin pin = rig.pin(0, length - page_size, page_size);
     rig.settle();
     if (pin.error == 0) {
         rig.land(pin);
