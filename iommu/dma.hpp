@@ -85,11 +85,16 @@ class TranslationView
     {
         if (translation_size < sizeof(dr_translation_header))
             return -EPROTO;
-        dr_translation_header h;
-        std::memcpy(&h, translation, sizeof h);
-        if (h.magic != DR_TRANSLATION_MAGIC || h.version != DR_TRANSLATION_VERSION || h.shards == 0 ||
-            h.aperture_lg2 < aperture_lg2_min || h.aperture_lg2 > aperture_lg2_max || !std::has_single_bit(h.shards) ||
-            h.shards > shards_max || h.shards > covering(h.aperture_lg2, largest_leaf_lg2))
+        // Read-only memory, and only loaded from; atomic_ref wants a non-const object all the same.
+        auto *base = const_cast<std::byte *>(translation);
+        auto &shared = *reinterpret_cast<dr_translation_header *>(base);
+        if (std::atomic_ref(shared.version).load(std::memory_order_acquire) !=
+            DR_TRANSLATION_VERSION) // behind it, all is whole
+            return -EPROTO;
+        const dr_translation_header h = shared;
+        if (h.magic != DR_TRANSLATION_MAGIC || h.shards == 0 || h.aperture_lg2 < aperture_lg2_min ||
+            h.aperture_lg2 > aperture_lg2_max || !std::has_single_bit(h.shards) || h.shards > shards_max ||
+            h.shards > covering(h.aperture_lg2, largest_leaf_lg2))
             return -EPROTO;
         const dr_translation_header expected = make_geometry(h.format, h.aperture_lg2, h.shards);
         if (std::memcmp(&h, &expected, sizeof h) != 0 || h.tables_size > tables_size ||
@@ -97,8 +102,6 @@ class TranslationView
             return -EPROTO;
         out.h_ = h;
         out.tables_ = Tables(tables, h);
-        // Read-only memory, and only loaded from; atomic_ref wants a non-const object all the same.
-        auto *base = const_cast<std::byte *>(translation);
         out.shards_ = reinterpret_cast<dr_shard_control *>(base + h.shard_controls);
         out.generations_ = reinterpret_cast<std::uint64_t *>(base + h.generations);
         return 0;

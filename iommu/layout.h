@@ -88,17 +88,17 @@
  *
  *   W unmap          close the range (closing)                                store-sc         (P1)
  *     sample         pinned of each cell; where it is not 0, the slots        load-sc          (P1)
- *     wait           until each slot in the range that was odd has changed    load-acquire     (P2)
+ *     wait           until each slot in the range that was odd has changed    load-sc          (P2, P3)
  *     take out       the leaves, as without pins; then open the range         store-sc
- *   W sync           after the leading grace: sample the slots for writing    load-sc          (P1)
- *     wait           until each that was odd has changed                      load-acquire     (P2)
- *                    if there were any: another grace; then the pass
+ *   W sync           sample the slots for writing                             load-sc          (P1)
+ *     wait           until each that was odd has changed                      load-sc          (P2, P3)
+ *                    then the leading grace, then the pass
  *   W device dead    what its odd slots for writing cover is dirty
  *
  *   P1    store buffering: D stores its slot then loads closing; W stores closing then loads slots. So either D sees that the range is
  *         closed, or W sees the slot and waits. What a pin translated to stays until it is given back
  *   P2    D's give-back releases its D bits and summary; W's wait acquires them: an unmap finds the D of every pin it waited for. (A
- *         sync needs the second grace too: the pin may have found D set by a thread that has not come to the summary)
+ *         sync's grace comes behind its pins: one may have found D set by a thread that has not come to the summary)
  *   P3    store buffering: D gives back then loads asleep; W sets asleep then looks at the slots
  *   P4    W loads a slot's range with acquire, then its count again: unchanged, the range belongs to it
  *

@@ -175,7 +175,7 @@ struct SampledPin {
 
     [[nodiscard]] bool passed() const
     {
-        return std::atomic_ref(pin->count).load(std::memory_order_acquire) != count; // P2
+        return std::atomic_ref(pin->count).load(std::memory_order_seq_cst) != count; // P2; P3: after asleep
     }
 };
 

@@ -68,7 +68,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             complete(op, -ECANCELED);
         else if (op.kind == ShardOp::Kind::sync)
             syncs_.push_back(
-                {&op, ops_.accepted(), ops_.unfinished(), SyncPhase::lead, {slice_.start(), slice_.end(), true}});
+                {&op, ops_.accepted(), ops_.unfinished(), SyncPhase::pins, {slice_.start(), slice_.end(), true}});
         else
             ops_.push(op);
     }
@@ -169,7 +169,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     ShardCounters counters() const override { return ring_ ? ring_->counters() : ShardCounters{}; }
 
   private:
-    enum class SyncPhase { lead, pins, pass, marker };
+    enum class SyncPhase { pins, pass, marker };
     struct Sync {
         ShardOp *op;
         std::uint64_t number; // of the next operation: it covers those before
@@ -355,23 +355,16 @@ template <iommu::Format F> class ShardOf final : public Shard
     bool run_sync(Sync &sync)
     {
         switch (sync.phase) {
-        case SyncPhase::lead:
-            if (fault(Fault::no_leading_grace)) {
-                enter_phase(SyncPhase::pass);
-            } else {
-                invalidation_.begin_grace();
-                after_ = {.phase = SyncPhase::pins};
-            }
-            return true;
         case SyncPhase::pins:
             if (unsigned budget = visit_slots;
                 !sync.pins.passed(ops_.devices(), budget) && !fault(Fault::sync_ignores_pins))
                 return true; // there are slots still to be sampled
-            if (sync.pins.met_any() && !fault(Fault::no_grace_after_pins)) {
+            // Behind the pins: they too may have found the D of a thread that has not come to the summary.
+            if (fault(Fault::no_leading_grace) || (fault(Fault::no_grace_after_pins) && sync.pins.met_any())) {
+                enter_phase(SyncPhase::pass);
+            } else {
                 invalidation_.begin_grace();
                 after_ = {.phase = SyncPhase::pass};
-            } else {
-                enter_phase(SyncPhase::pass);
             }
             return true;
         case SyncPhase::pass:

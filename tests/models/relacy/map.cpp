@@ -1,0 +1,131 @@
+// What the walker stores and devices walk: a table (S6), tracking (S7).
+#include "tests/models/relacy/suites.hpp"
+
+#include "tests/models/relacy/hwpt.hpp"
+
+namespace dirtyring::model {
+
+namespace {
+
+constexpr std::uint64_t next_table = 1ull << iommu::entry_lg2(1); // the first IOVA behind the lowest table
+
+// A table that was given back holds a scribbled leaf. The walker cleans it and uses it again, and a device walks it where nothing is mapped.
+class Table : public Execution<Table, 2>
+{
+  public:
+    void prepare()
+    {
+        hwpt.map(0, page_size, 0);
+        hwpt.enable();
+        hwpt.read(0, 0);
+        Op unmap;
+        unmap.kind = Op::Kind::unmap;
+        unmap.end = next_table;
+        hwpt.work(unmap);
+        memory.leaf(1) = iommu::AmdV1::accessed(iommu::AmdV1::leaf(0, 0, {true, true}), true);
+        hwpt.share();
+        words.share(memory.view().entries(Memory::middle)[1]);
+    }
+
+    void run(unsigned thread)
+    {
+        if (thread == 0) {
+            for (unsigned i = 0; i < 4; ++i)
+                hwpt.write(0, next_table + page_size, 1);
+        } else {
+            hwpt.map(next_table, page_size, page_size);
+        }
+    }
+
+    void judge() { require(memory.guest_word(0) == 0, "written by a translation that never was"); }
+
+  private:
+    Hwpt hwpt{words};
+};
+
+// A page is in the IOTLB from before. Tracking is enabled while the device writes; then the VMM copies everything.
+class Tracking : public Execution<Tracking, 2>
+{
+  public:
+    void prepare()
+    {
+        hwpt.map(0, page_size, 0);
+        hwpt.write(0, 0, 1);
+        hwpt.share();
+    }
+
+    void run(unsigned thread)
+    {
+        if (thread == 0) {
+            for (std::uint64_t value = 2; value <= 4; ++value)
+                hwpt.write(0, 0, value);
+            return;
+        }
+        Op enable;
+        enable.kind = Op::Kind::enable;
+        hwpt.shard->submit(enable);
+        while (!enable.over) {
+            if (!hwpt.step())
+                pause();
+        }
+        hwpt.copy(0, here());
+    }
+
+    void judge()
+    {
+        hwpt.sync(here());
+        require(!hwpt.lost(), "a page is lost");
+    }
+
+  private:
+    Hwpt hwpt{words};
+};
+
+} // namespace
+
+Suite table()
+{
+    using enum std::memory_order;
+    using enum Access;
+    const void *link = &memory.view().entries(Memory::middle)[1];
+    const void *leaf = &memory.leaf(0);
+    return {"table",
+            "S6",
+            100000,
+            5,
+            simulate<Table>,
+            {
+                {"link_relaxed", "S6", Fault::none, {{link, store, relaxed, seq_cst, "node_for"}}},
+                {"walk_relaxed", "S6", Fault::none, {{link, load, relaxed}, {link, rmw, relaxed}}},
+                {"leaf_relaxed", "S6", Fault::none, {{leaf, store, relaxed, seq_cst, "map_leaf"}}, {}, "the link"},
+            }};
+}
+
+Suite tracking()
+{
+    using enum std::memory_order;
+    using enum Access;
+    const void *tracking = &memory.control().tracking;
+    const void *generation = &memory.generation();
+    return {
+        "tracking",
+        "S7",
+        100000,
+        4,
+        simulate<Tracking>,
+        {
+            {"no_advance", "S7", Fault::enable_without_advance},
+            {"armed_after_advance", "S7", Fault::none, {}, Delay{tracking, generation}},
+            {"advance_relaxed", "S7", Fault::none, {{generation, rmw, relaxed}}},
+            {"generation_relaxed", "S7", Fault::none, {{generation, load, relaxed}}},
+            {"armed_relaxed", "S7", Fault::none, {{tracking, store, relaxed}}, {}, "the advance behind it, a release"},
+            {"armed_read_relaxed",
+             "S7",
+             Fault::none,
+             {{tracking, load, relaxed}},
+             {},
+             "the generation before it, an acquire"},
+        }};
+}
+
+} // namespace dirtyring::model
