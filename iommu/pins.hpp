@@ -106,7 +106,8 @@ class Closing
         }
     }
 
-    [[nodiscard]] bool full() const { return current().count == DR_CLOSED_MAX; }
+    // Ranges that can still be closed.
+    [[nodiscard]] std::uint64_t room() const { return DR_CLOSED_MAX - current().count; }
 
     void close(std::uint64_t start, std::uint64_t last)
     {

@@ -117,7 +117,7 @@ enum dr_format {
 
 #define DR_HWPT_DIRTY_TRACKING (1u << 0) /* as IOMMU_HWPT_ALLOC_DIRTY_TRACKING: refuse devices that cannot */
 
-/* ENOENT: no such ioas. EOPNOTSUPP: format. EINVAL: any other field out of its range. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps
+/* ENOENT: no such ioas. EOPNOTSUPP: format; space is DR_SPACE_OA without DR_FEATURE_OA_SPACE. EINVAL: any other field out of its range. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps
  * (an hwpt comes before the maps of its ioas). */
 struct dr_hwpt_alloc {
     uint32_t size;

@@ -260,7 +260,7 @@ struct dr_completion {
     int32_t result;    /* 0 or -errno */
     uint32_t reserved; /* zero */
     uint64_t done;     /* unmap: bytes from iova that are gone, holes included */
-    uint64_t epoch;    /* unmap, IOVA rings: the epoch (44 bits) whose marker lies, or with DEFERRED will lie,
+    uint64_t epoch;    /* unmap, IOVA rings: the epoch (44 bits) whose marker lies, or with DEFERRED or DISCARD will lie,
                           behind the runs of this unmap; else 0 */
 };
 

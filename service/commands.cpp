@@ -8,6 +8,8 @@ namespace dirtyring::service {
 namespace {
 
 constexpr std::uint64_t payload_mask = (1ull << DR_PAYLOAD_BITS) - 1;
+// Commands that may be overtaken by those behind them.
+constexpr std::size_t waiting_max = 16;
 
 // [start, end) ∩ [other_start, other_end) ≠ ∅
 bool overlap(std::uint64_t start, std::uint64_t end, std::uint64_t other_start, std::uint64_t other_end)
@@ -18,6 +20,11 @@ bool overlap(std::uint64_t start, std::uint64_t end, std::uint64_t other_start, 
 bool aligned(std::uint64_t value)
 {
     return value % DR_PAGE == 0;
+}
+
+std::uint64_t end_of(const dr_command &request)
+{
+    return request.iova + std::min(request.length, UINT64_MAX - request.iova);
 }
 
 bool is_range(std::uint32_t opcode)
@@ -47,21 +54,25 @@ bool Commands::poll()
     if (room > promised) {
         const auto fresh = submissions_.peek(room - promised);
         taken_.insert(taken_.end(), fresh.begin(), fresh.end());
+        look_again_ |= !fresh.empty();
         if (!fresh.empty() && submissions_.release(fresh.size()))
             call_();
     }
-    bool worked = false;
-    while (!taken_.empty()) {
-        const dr_command request = taken_.front();
-        const int result = start(request);
+    if (!std::exchange(look_again_, false))
+        return false;
+    std::size_t waiting = 0;
+    const std::size_t taken = taken_.size();
+    for (std::size_t i = 0; i < taken; ++i) {
+        const dr_command request = taken_[i];
+        const int result =
+            waiting >= waiting_max || meets_one_waiting(request, waiting) ? -EINPROGRESS : start(request);
         if (result == -EINPROGRESS)
-            break;
-        taken_.pop_front();
-        if (result < 0)
+            taken_[waiting++] = request;
+        else if (result < 0)
             complete(request, result, 0, 0);
-        worked = true;
     }
-    return worked;
+    taken_.resize(waiting);
+    return waiting < taken;
 }
 
 bool Commands::prepare_sleep()
@@ -143,6 +154,18 @@ int Commands::start(const dr_command &request)
     default:
         return -EINVAL;
     }
+}
+
+// Has it to wait for one of the first `waiting` that were taken?
+bool Commands::meets_one_waiting(const dr_command &request, std::size_t waiting) const
+{
+    return std::any_of(taken_.begin(), taken_.begin() + static_cast<std::ptrdiff_t>(waiting), [&](const dr_command &w) {
+        if (w.object != request.object || is_range(w.opcode) != is_range(request.opcode))
+            return false;
+        if (!is_range(request.opcode))
+            return w.opcode != DR_OP_SYNC || request.opcode != DR_OP_SYNC;
+        return overlap(request.iova, end_of(request), w.iova, end_of(w));
+    });
 }
 
 bool Commands::meets_one_in_flight(const dr_command &request, std::uint64_t end) const
@@ -259,7 +282,7 @@ int Commands::start_unmap(const dr_command &request)
 int Commands::start_on_hwpt(const dr_command &request)
 {
     if (request.flags != 0 || request.iova != 0 || request.length != 0 || request.oa != 0 ||
-        request.cookie > payload_mask)
+        request.cookie > (request.opcode == DR_OP_SYNC ? payload_mask : 0))
         return -EINVAL;
     const auto it = hwpts_.find(request.object);
     if (it == hwpts_.end())
@@ -412,6 +435,7 @@ void Commands::finish(Command &command)
         done = command.reached - request.iova;
     command.in_flight = false;
     --in_flight_;
+    look_again_ = true;
     free_.push_back(&command);
     complete(request, command.result, done, command.epoch);
 }

@@ -3,8 +3,8 @@
 // Checks each command against the guest's own record of its maps, hands its parts to the shards concerned, which other walkers may
 // own, and completes it when the last part is back. Everything runs on the home walker's thread, but for Part::done.
 //
-// Commands on overlapping IOVAs, and changes of one hwpt's tracking, take effect in order: a command that meets one in flight waits,
-// and those behind it with it.
+// Commands on overlapping IOVAs, and changes of one hwpt's tracking, take effect in order: a command that meets one before it waits;
+// those behind it go on.
 #pragma once
 
 #include "iommu/extent_map.hpp"
@@ -110,6 +110,7 @@ class Commands
     int start_map(const dr_command &request);
     int start_unmap(const dr_command &request);
     int start_on_hwpt(const dr_command &request);
+    [[nodiscard]] bool meets_one_waiting(const dr_command &request, std::size_t waiting) const;
     [[nodiscard]] bool meets_one_in_flight(const dr_command &request, std::uint64_t end) const;
 
     Command &begin(const dr_command &request);
@@ -126,6 +127,7 @@ class Commands
     ring::Producer<dr_completion> completions_;
     std::function<void()> call_;
     std::deque<dr_command> taken_; // copied from the ring, not started
+    bool look_again_ = false;      // something has come or ended since they were tried
     std::vector<std::unique_ptr<Command>> slots_;
     std::vector<Command *> free_;
     std::size_t in_flight_ = 0;

@@ -61,7 +61,7 @@ class OpQueue
             Queued &front = queue_.front();
             if (!is_unmap(front) || front.closed || !any_pins())
                 return front.op;
-            if (closing_.full()) // until one of those aside is finished
+            if (closing_.room() <= kept_for_add) // until one of those aside is finished
                 return nullptr;
             set_aside();
         }
@@ -101,6 +101,8 @@ class OpQueue
     }
 
   private:
+    // A range that only add() closes.
+    static constexpr std::uint64_t kept_for_add = 1;
     // Pin slots looked at in one visit.
     static constexpr unsigned visit_slots = 4096;
 

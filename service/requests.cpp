@@ -218,6 +218,8 @@ void Control::hwpt_alloc(Connection &c)
         return refuse(c.id, {EBUSY, fmt::format("ioas {} has an hwpt", request.ioas)});
     if (guest.ioases.size() + guest.hwpts.size() >= objects_max)
         return refuse(c.id, {ENOSPC, fmt::format("a guest has at most {} ioases and hwpts", objects_max)});
+    if (request.space == DR_SPACE_OA && (c.features & DR_FEATURE_OA_SPACE) == 0)
+        return refuse(c.id, {EOPNOTSUPP, "rings in OA space are a feature that this connection did not offer"});
     auto made = Hwpt::make(request, walkers_);
     if (refused(c.id, made))
         return;

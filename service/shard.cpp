@@ -348,8 +348,10 @@ template <iommu::Format F> class ShardOf final : public Shard
     void enter_phase(SyncPhase phase)
     {
         syncs_.front().phase = phase;
-        if (phase == SyncPhase::pass)
+        if (phase == SyncPhase::pass) {
             pass_.begin(false);
+            pass_began_ = now_;
+        }
     }
 
     bool run_sync(Sync &sync)

@@ -186,7 +186,7 @@ TEST_F(Pinning, SlicesOfOtherRangesAreNotWaitedFor)
     expect_nothing_lost();
 }
 
-// The walker looks at all 7 ranges that can be closed, and at what comes behind them.
+// Six can wait aside, the others in front of what comes behind them.
 TEST_F(Pinning, MoreUnmapsThanCanBeClosedAtOnce)
 {
     constexpr unsigned many = DR_CLOSED_MAX + 3;
@@ -266,6 +266,27 @@ TEST_F(Pinning, ADeviceThatComesDuringAnUnmapFindsItClosed)
     rig.note_unmapped(unmap);
     EXPECT_EQ(rig.map(0, page_size, 0), 0);
     EXPECT_EQ(rig.pin(1, 0, page_size).error, 0);
+}
+
+// As many unmaps wait as can, another has begun while no device could pin: there must be a range left to close for it.
+TEST_F(Pinning, ADeviceThatComesFindsARangeToClose)
+{
+    std::vector<Pin> pins;
+    std::vector<const Op *> unmaps;
+    for (unsigned i = 0; i < DR_CLOSED_MAX; ++i) {
+        pins.push_back(rig.pin(0, 2 * i * page_size, page_size));
+        unmaps.push_back(&rig.submit_unmap(2 * i * page_size, page_size));
+    }
+    rig.settle();
+    const auto *control =
+        reinterpret_cast<const dr_shard_control *>(rig.translation_memory() + rig.geometry.shard_controls);
+    EXPECT_LT(control->closed[control->closing & 1].count, std::uint64_t{DR_CLOSED_MAX});
+    for (unsigned i = 0; i < DR_CLOSED_MAX; ++i) {
+        finish(0, pins[i]);
+        EXPECT_TRUE(rig.run(*unmaps[i]));
+        rig.note_unmapped(*unmaps[i]);
+    }
+    expect_nothing_lost();
 }
 
 // ---- devices that die, leave, or lie

@@ -179,6 +179,7 @@ class Rig
 
     // The shared memory, for hostile writers.
     [[nodiscard]] std::byte *tables_memory() const { return tables_region_.map.data(); }
+    [[nodiscard]] const std::byte *translation_memory() const { return translation_region_.map.data(); }
     [[nodiscard]] std::uint64_t *entry(std::uint64_t iova, unsigned level) const;
     [[nodiscard]] dr_ring_producer *producer_memory(unsigned i = 0) const
     {
