@@ -101,7 +101,7 @@ struct alignas(DR_LINE_PAIR) dirtyring_dma {
 
     int pin(std::uint64_t iova, std::uint64_t length, bool write, iovec *pieces, std::uint32_t *count,
             dirtyring_fault *fault);
-    int unpin(unsigned slot);
+    int unpin(int pin);
 
     static int answer(const DmaFault &met, dirtyring_fault *fault)
     {
@@ -124,11 +124,11 @@ int dirtyring_dma::pin(std::uint64_t iova, std::uint64_t length, bool write, iov
     std::uint32_t used = 0;
     std::byte *end = nullptr; // of the piece before
     const auto add = [&](std::byte *host, std::uint64_t n) {
-        if (host == end)
-            pieces[std::min(used, room) - 1].iov_len += n;
-        else if (used++ < room)
-            pieces[used - 1] = {host, n};
-        end = used <= room ? host + n : nullptr;
+        if (host != end && used++ < room)
+            pieces[used - 1] = {host, 0};
+        if (used <= room)
+            pieces[used - 1].iov_len += n;
+        end = host + n;
     };
     unsigned slot = 0;
     DmaFault met;
@@ -148,10 +148,11 @@ int dirtyring_dma::pin(std::uint64_t iova, std::uint64_t length, bool write, iov
     return static_cast<int>(slot);
 }
 
-int dirtyring_dma::unpin(unsigned slot)
+int dirtyring_dma::unpin(int pin)
 {
+    const auto slot = static_cast<unsigned>(pin);
     if (!engine.pinned(slot))
-        return fail(EINVAL, "pin %u is not held", slot);
+        return fail(EINVAL, "pin %d is not held", pin);
     DmaFault met;
     in_section([&] { met = engine.unpin(slot); });
     return answer(met, nullptr);
@@ -366,5 +367,5 @@ int dirtyring_dma_pin(dirtyring_dma *dma, uint64_t iova, uint64_t length, uint32
 
 int dirtyring_dma_unpin(dirtyring_dma *dma, int pin)
 {
-    return dma->unpin(static_cast<unsigned>(pin));
+    return dma->unpin(pin);
 }

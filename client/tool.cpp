@@ -1,4 +1,5 @@
 // dirtyring: what one does with a dirtyring service from a shell.
+#include "client/check/check.hpp"
 #include "client/migrate/failure.hpp"
 #include "client/migrate/migrate.hpp"
 #include "client/migrate/options.hpp"
@@ -23,12 +24,16 @@ int complain(ExitCode code, const char *sentence)
 int main(int argc, char **argv)
 {
     try {
-        CLI::App app("Live migration with dirty pages reported by rings.", "dirtyring");
+        CLI::App app("Dirty pages reported by rings: live migration, and a check of who speaks the protocol.",
+                     "dirtyring");
         app.require_subcommand(1);
         dirtyring::migrate::Options options;
         CLI::App *migrate =
             app.add_subcommand("migrate", "migrate a guest from one process to another while devices write to it");
         dirtyring::migrate::declare(*migrate, options);
+        dirtyring::check::Options check_options;
+        CLI::App *check = app.add_subcommand("check", "hold a service to the sentences of the specification");
+        dirtyring::check::declare(*check, check_options);
         try {
             app.parse(argc, argv);
         } catch (const CLI::CallForHelp &e) {
@@ -38,6 +43,8 @@ int main(int argc, char **argv)
         } catch (const CLI::ParseError &e) {
             return complain(usage, e.what());
         }
+        if (check->parsed())
+            return dirtyring::check::check(check_options) ? fine : failed;
         dirtyring::migrate::migrate(options);
         return fine;
     } catch (const dirtyring::migrate::BadInput &e) {

@@ -28,15 +28,15 @@ struct DoneOp final : service::ShardOp {
 class BenchHwpt
 {
   public:
-    explicit BenchHwpt(unsigned memory_lg2, std::uint64_t ring_entries = 1 << 16)
+    explicit BenchHwpt(unsigned memory_lg2, std::uint64_t ring_entries = 1 << 16, std::size_t pins = 0)
         : h_(iommu::make_geometry(DR_FORMAT_AMDV1, std::max(memory_lg2, iommu::aperture_lg2_min), 1)),
-          memory_bytes_(1ull << memory_lg2)
+          memory_bytes_(1ull << memory_lg2), pins_(pins)
     {
         must(tables_.make("bench-tables", h_.tables_size, ring::Pages::sparse));
         must(translation_.make("bench-translation", h_.translation_size, ring::Pages::present));
         must(producer_.make("bench-producer", ring::producer_region_size(ring_entries, 8), ring::Pages::present));
         must(consumer_region_.make("bench-consumer", sizeof(dr_ring_consumer), ring::Pages::present));
-        must(cells_.make("bench-cells", sizeof(dr_cell), ring::Pages::present));
+        must(cells_.make("bench-cells", sizeof(dr_cell) + pins * sizeof(dr_pin), ring::Pages::present));
         const iommu::Tables view(tables_.map.data(), h_);
         iommu::make_top_tables<iommu::AmdV1>(h_, view);
         *translation_.map.as<dr_translation_header>() = h_;
@@ -109,6 +109,15 @@ class BenchHwpt
         }
     }
 
+    // Steps until the consumer sees a run, and takes it.
+    void step_until_published()
+    {
+        auto entries = consumer_->peek();
+        for (; entries.empty(); entries = consumer_->peek())
+            shard_->step(++now_);
+        (void)consumer_->release(entries.size());
+    }
+
     // Makes the page dirty as a device does, by a write of 8 bytes.
     void dirty(std::uint64_t iova)
     {
@@ -132,7 +141,10 @@ class BenchHwpt
     std::uint64_t tick() { return ++now_; }
 
   private:
-    [[nodiscard]] iommu::DmaThreads threads() const { return {{cells_.map.as<dr_cell>(), 1}, {}}; }
+    [[nodiscard]] iommu::DmaThreads threads() const
+    {
+        return {{cells_.map.as<dr_cell>(), 1}, {cells_.map.as<dr_pin>(sizeof(dr_cell)), pins_}};
+    }
 
     static void must(int error)
     {
@@ -151,6 +163,7 @@ class BenchHwpt
     ring::Region guest_;
     iommu::GuestMemory memory_;
     std::uint64_t memory_bytes_;
+    std::size_t pins_;
     std::unique_ptr<service::Shard> shard_;
     std::unique_ptr<ring::Consumer<std::uint64_t>> consumer_;
     std::unique_ptr<iommu::DmaThread<iommu::AmdV1>> dma_;

@@ -25,6 +25,8 @@ packages=(
     ninja-build
     nlohmann-json3-dev  # results of the tool
     pkg-config
+    relacy-dev          # tests/models/: memory orderings
+    spin                # tests/models/: the protocol
     zlib1g-dev          # traces
 )
 

@@ -240,9 +240,55 @@ examples()
     stop_service
 }
 
+file_reader()
+{
+    start_service
+    "$bin/vmm" "$dir/socket" 1 >"$dir/vmm" &
+    local vmm=$! words
+    for _ in $(seq 100); do
+        read -r -a words <"$dir/vmm" || true
+        [ ${#words[@]} -lt 4 ] || break
+        sleep 0.05
+    done
+    local reader=("$bin/file_reader" "$dir/socket" "${words[1]}" "${words[3]}")
+    head -c 16M /dev/urandom >"$dir/file"
+    expect 2 'usage' "$bin/file_reader"
+    expect 2 'usage' "$bin/file_reader" "$dir/socket" xyz "${words[3]}" 0 "$dir/file"
+    local word
+    for word in 0 1025 -1 lots; do
+        expect 2 'usage' "${reader[@]}" 0 "$dir/file" $word
+    done
+    expect 2 'usage' "${reader[@]}" somewhere "$dir/file"
+    expect 1 'no-such-file: No such file' "${reader[@]}" 0 "$dir/no-such-file"
+    expect 1 'attach: no guest has this token' "$bin/file_reader" "$dir/socket" "${words[1]//[0-9]/a}" "${words[3]}" 0 "$dir/file"
+    expect 1 'pin: DMA write at iova 0x4000000: no translation' "${reader[@]}" 0x4000000 "$dir/file"
+    "${reader[@]}" 0x1000 "$dir/file" >"$dir/out" || fail "file_reader ended with $?"
+    grep -q '^read 16777216 bytes, at most 64 reads in flight$' "$dir/out" || fail "file_reader says: $(cat "$dir/out")"
+    wait $vmm || fail "vmm ended with $?"
+    stop_service
+}
+
+# The programs keep to ring/SPEC.md, however they are found.
+conformance()
+{
+    "$bin/dirtyring" check --json "$dir/json" >"$dir/out" || fail "a MUST failed: $(grep -A3 '^fail' "$dir/out")"
+    [ "$(value "$dir/json" fail)" = 0 ] || fail "the JSON says otherwise"
+    no_remains check
+    start_service
+    "$bin/dirtyring" check service --socket-path "$dir/socket" >"$dir/out" || fail "$(grep -A3 '^fail' "$dir/out")"
+    stop_service
+    "$bin/dirtyring" check service --program "$bin/dirtyringd --socket-path {socket} --walkers 2" >"$dir/out" ||
+        fail "$(grep -A3 '^fail' "$dir/out")"
+    expect 1 'nobody-listens' "$bin/dirtyring" check service --socket-path "$dir/nobody-listens"
+    expect 1 'exit code 1' "$bin/dirtyring" check service --program false
+    expect 2 'excludes' "$bin/dirtyring" check service --socket-path a --program b
+    expect 2 'no-such-dir' "$bin/dirtyring" check --json "$dir/no-such-dir/json"
+    expect 2 'frobnicate' "$bin/dirtyring" check frobnicate
+}
+
 cases=(migrate_oa migrate_iova migrate_viommu_oa migrate_viommu_iova migrate_devices_and_shards migrate_synthetic
     migrate_untracked migrate_with_running_service bad_input no_permission two_services_one_socket interrupted a_part_killed
-    examples)
+    examples file_reader conformance)
 if [ "${1-}" = --list ]; then
     printf '%s\n' "${cases[@]}"
     exit 0
@@ -253,8 +299,4 @@ traces=$3
 # The tool's own temporary files go where the case can see what is left.
 mkdir "$dir/tmp"
 export TMPDIR=$dir/tmp
-repeat=1
-[ -z "${DIRTYRING_FULL-}" ] || repeat=10
-for _ in $(seq $repeat); do
-    "$1"
-done
+"$1"

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 usage()
 {
-    echo "usage: tests/run.sh [--full]    --full: soaks at their full length" >&2
+    echo "usage: tests/run.sh [--full]    --full: soaks at their full length, whole programs 100 times" >&2
     exit 2
 }
 case $#:${1-} in
@@ -45,6 +45,13 @@ for preset in tsan asan-ubsan; do
     step "test: $preset"
     "${fixed_addresses[@]}" ctest --preset $preset --parallel $tests_at_once
 done
+
+if [ -n "${DIRTYRING_FULL-}" ]; then
+    step "test: dev, what starts processes, 100 times; build/dev/repeated.log"
+    ctest --preset dev --label-regex processes --repeat until-fail:100 --quiet --output-log "$PWD/build/dev/repeated.log" ||
+        { grep -E 'Failed|Timeout|tests failed' build/dev/repeated.log; exit 1; }
+    tail -n 12 build/dev/repeated.log | grep -E 'tests passed|Total'
+fi
 
 step "test: dev"
 ctest --preset dev --parallel $tests_at_once

@@ -305,6 +305,11 @@ TEST(ServiceLife, OfGuestsEndsWhileTheirMapsAreHalfDone)
 struct Walkers {
     unsigned walkers;
     unsigned shards;
+
+    friend void PrintTo(const Walkers &w, std::ostream *out)
+    {
+        *out << w.walkers << " walkers, " << w.shards << " shards";
+    }
 };
 
 class ServiceGuests : public testing::TestWithParam<Walkers>

@@ -1,0 +1,90 @@
+// The conformance kit against services whose engine breaks one rule each: it names the sentence that is broken.
+#include "client/check/program.hpp"
+#include "client/check/service_checks.hpp"
+#include "iommu/fault.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+namespace dirtyring::test {
+namespace {
+
+using check::Check;
+using check::Outcome;
+using check::Verdicts;
+using Numbers = std::vector<std::string_view>;
+
+// What fails of these areas when the service breaks this rule.
+Numbers failed(Fault fault, const std::vector<std::span<const Check>> &areas)
+{
+    ::setenv("DIRTYRING_FAULT", std::to_string(static_cast<int>(fault)).c_str(), 1);
+    check::Program service(DIRTYRINGD_FAULTY_PATH " --socket-path {socket}");
+    ::unsetenv("DIRTYRING_FAULT");
+    Verdicts verdicts(check::Role::service);
+    for (const auto &area : areas) {
+        for (const Check &c : area)
+            check::run(c, verdicts, service.socket(), std::chrono::seconds(3), [&] { return service.end(); });
+    }
+    return verdicts.numbers(Outcome::fail);
+}
+
+struct Case {
+    Fault fault;
+    const char *name;
+    std::span<const Check> (*area)();
+    Numbers broken; // among others, perhaps
+};
+
+void PrintTo(const Case &c, std::ostream *os)
+{
+    *os << c.name;
+}
+
+class CheckFaults : public testing::TestWithParam<Case>
+{
+};
+
+INSTANTIATE_TEST_SUITE_P(
+    Of, CheckFaults,
+    testing::Values(Case{Fault::no_grace, "no_grace", check::map_checks, {"M-13"}},
+                    Case{Fault::publish_before_advance, "publish_before_advance", check::ring_checks, {"Q-9"}},
+                    Case{Fault::no_leading_grace, "no_leading_grace", check::tracking_checks, {"M-24"}},
+                    Case{Fault::unmap_without_grace, "unmap_without_grace", check::map_checks, {"M-13"}},
+                    Case{Fault::unmap_waits_for_room, "unmap_waits_for_room", check::map_checks, {"M-17"}},
+                    Case{Fault::enable_without_advance, "enable_without_advance", check::tracking_checks, {"M-22"}},
+                    Case{Fault::no_full_scan_on_death, "no_full_scan_on_death", check::device_checks, {"S-11"}},
+                    Case{Fault::unmap_ignores_pins, "unmap_ignores_pins", check::device_checks, {"S-12"}},
+                    Case{Fault::sync_ignores_pins, "sync_ignores_pins", check::device_checks, {"S-13"}},
+                    Case{Fault::death_ignores_pins, "death_ignores_pins", check::device_checks, {"S-15"}},
+                    Case{Fault::no_want_kick, "no_want_kick", check::ring_checks, {"Q-12"}},
+                    Case{Fault::arm_without_look, "arm_without_look", check::ring_checks, {"Q-13"}}),
+    [](const auto &tested) { return std::string(tested.param.name); });
+
+// A busy machine can hide a fault for once.
+TEST_P(CheckFaults, AreNamed)
+{
+    Numbers numbers;
+    const auto named = [&] {
+        return std::all_of(GetParam().broken.begin(), GetParam().broken.end(), [&](std::string_view n) {
+            return std::find(numbers.begin(), numbers.end(), n) != numbers.end();
+        });
+    };
+    for (int tries = 0; tries < 3 && !named(); ++tries)
+        numbers = failed(GetParam().fault, {GetParam().area()});
+    EXPECT_THAT(numbers, testing::IsSupersetOf(GetParam().broken));
+}
+
+TEST(CheckWithoutFault, NothingIsNamed)
+{
+    const Numbers numbers = failed(
+        Fault::none, {check::ring_checks(), check::map_checks(), check::tracking_checks(), check::device_checks()});
+    EXPECT_THAT(numbers, testing::IsEmpty());
+}
+
+} // namespace
+} // namespace dirtyring::test
