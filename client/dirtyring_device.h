@@ -88,10 +88,11 @@ DIRTYRING_API int dirtyring_dma_read(struct dirtyring_dma *dma, uint64_t iova, v
  * for a request that outlives it, and that nobody told the guest of, is not. */
 #define DIRTYRING_PIN_MAX (4u << 20) /* bytes of one pin */
 
-/* Pins [iova, iova + length) for DMA that reads guest memory (DIRTYRING_READ) or writes it (DIRTYRING_WRITE), and puts the pieces
- * of guest memory it translates to, in order, into `pieces`. *count: of entries there; on return, also of a failure, of those used. iova and length
- * need no alignment. Returns the pin, which is below dirtyring_attach.pins, or: -EAGAIN: all pins are held. -EMSGSIZE: more pieces than *count, which
- * now tells how many. -EINVAL: the length is 0 or over DIRTYRING_PIN_MAX, or neither READ nor WRITE. -EFAULT: *fault tells (may be NULL). */
+/* Pins [iova, iova + length) for DMA that reads guest memory (DIRTYRING_READ) or writes it (DIRTYRING_WRITE), and puts the pieces of
+ * guest memory it translates to, in order, into `pieces`. *count: of entries there; on return, also of a failure, of those used.
+ * iova and length need no alignment. Returns the pin, which is below dirtyring_attach.pins, or:
+ * -EAGAIN: all pins are held. -EMSGSIZE: more pieces than *count, which now tells how many. -EINVAL: the length is 0 or over
+ * DIRTYRING_PIN_MAX, or neither READ nor WRITE. -EFAULT: *fault tells (may be NULL). */
 DIRTYRING_API int dirtyring_dma_pin(struct dirtyring_dma *dma, uint64_t iova, uint64_t length, uint32_t direction,
                                     struct iovec *pieces, uint32_t *count, struct dirtyring_fault *fault);
 

@@ -260,8 +260,8 @@ struct dr_completion {
     int32_t result;    /* 0 or -errno */
     uint32_t reserved; /* zero */
     uint64_t done;     /* unmap: bytes from iova that are gone, holes included */
-    uint64_t epoch;    /* unmap, IOVA rings: the epoch (44 bits) whose marker lies, or with DEFERRED or DISCARD will lie,
-                          behind the runs of this unmap; else 0 */
+    uint64_t epoch;    /* unmap, IOVA rings: the epoch (44 bits) whose marker lies behind the runs of this unmap, with
+                          DEFERRED or DISCARD once it is published; else 0 */
 };
 
 DR_STATIC_ASSERT(sizeof(struct dr_command) == 64, "ABI: a command is a cache line");
