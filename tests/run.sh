@@ -36,14 +36,13 @@ git ls-files -z -co --exclude-standard '*.h' '*.hpp' '*.c' '*.cpp' | xargs -0 cl
 build dev
 build clang
 
-# A test may spin on two cores. TSan of gcc 12 does not start where the kernel randomises more than 28 bits of addresses.
-tests_at_once=$((jobs > 1 ? jobs / 2 : 1))
+# TSan of gcc 12 does not start where the kernel randomises more than 28 bits of addresses.
 fixed_addresses=()
 ! setarch -R true 2>/dev/null || fixed_addresses=(setarch -R)
 for preset in tsan asan-ubsan; do
     build $preset
     step "test: $preset"
-    "${fixed_addresses[@]}" ctest --preset $preset --parallel $tests_at_once
+    "${fixed_addresses[@]}" ctest --preset $preset --parallel "$jobs"
 done
 
 if [ -n "${DIRTYRING_FULL-}" ]; then
@@ -54,4 +53,4 @@ if [ -n "${DIRTYRING_FULL-}" ]; then
 fi
 
 step "test: dev"
-ctest --preset dev --parallel $tests_at_once
+ctest --preset dev --parallel "$jobs"
