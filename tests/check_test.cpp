@@ -1,10 +1,13 @@
 // The conformance kit against services that are wrong in one way each: it names that rule, and no other.
 #include "client/check/service_checks.hpp"
+#include "iommu/format_amdv1.hpp"
+#include "iommu/geometry.hpp"
+#include "iommu/layout.h"
 #include "tests/meddler.hpp"
 
 #include <atomic>
+#include <memory>
 #include <mutex>
-#include <thread>
 
 namespace dirtyring::test {
 namespace {
@@ -142,76 +145,623 @@ TEST(CheckService, NamesARegionThatItCanWriteAndShouldNot)
     EXPECT_THAT(failed({&rights, 1}, meddler.socket()), ElementsAre("S-2"));
 }
 
-// Copies a ring into one of its own, and puts each sync marker before the runs that it should follow.
-class Forger
-{
-  public:
-    explicit Forger(Message &reply)
-    {
-        struct stat status {
-        };
-        need(::fstat(reply.fds[0].get(), &status), "fstat");
-        const auto size = static_cast<std::size_t>(status.st_size);
-        need(real_.map(reply.fds[0].get(), size, PROT_READ), "mmap");
-        need(forged_.make("forged", size, ring::Pages::present), "memfd");
-        forged_.map.as<dr_ring_producer>()->header = real_.as<dr_ring_producer>()->header;
-        need(forged_.read_only(reply.fds[0]), "reopen");
-        thread_ = std::thread([this] { copy(); });
-    }
-    Forger(const Forger &) = delete;
-    Forger &operator=(const Forger &) = delete;
-    ~Forger()
-    {
-        stop_ = true;
-        thread_.join();
-    }
+// ---- what is wrong with a service, and the rules that it breaks ------------------------------------------------------
 
-  private:
-    void copy()
+struct Service {
+    Meddler::Meddle replies = Meddler::leave;
+    Meddler::Meddle requests = Meddler::leave;
+    bool keeps_connections = false;
+
+    // Every dirty ring is forged like this.
+    void rings(const Forgery &forgery)
     {
-        auto &from = *real_.as<dr_ring_producer>();
-        auto &to = *forged_.map.as<dr_ring_producer>();
-        const auto *entries = reinterpret_cast<const std::uint64_t *>(&from + 1);
-        auto *copies = reinterpret_cast<std::uint64_t *>(&to + 1);
-        const std::uint64_t mask = from.header.capacity - 1;
-        std::vector<std::uint64_t> held; // since the last marker
-        std::uint64_t head = 0;
-        for (std::uint64_t at = 0; !stop_; std::this_thread::sleep_for(std::chrono::microseconds(100))) {
-            for (const std::uint64_t upto = std::atomic_ref(from.head).load(); at != upto; ++at) {
-                const std::uint64_t entry = entries[at & mask];
-                held.push_back(entry);
-                if (!dr_is_marker(entry))
-                    continue;
-                std::rotate(held.begin(), held.end() - 1, held.end());
-                for (const std::uint64_t e : held)
-                    copies[head++ & mask] = e;
-                held.clear();
-                std::atomic_ref(to.staged).store(head);
-                std::atomic_ref(to.head).store(head);
+        replies = [this, forgery](Message &reply) {
+            if (reply.is(DR_RING_GET)) {
+                auto ring = std::make_shared<ForgedRing>(reply, forgery);
+                const std::lock_guard lock(mutex);
+                forged.push_back(ring.get());
+                kept.push_back(ring);
             }
-            std::atomic_ref(to.want_kick).store(std::atomic_ref(from.want_kick).load());
-        }
+            return true;
+        };
+    }
+    // And every command ring.
+    void commands(const ForgedCommands::Meddling &meddling)
+    {
+        replies = [this, meddling, before = replies](Message &reply) {
+            if (reply.is(DR_GUEST_CREATE)) {
+                auto commands = std::make_shared<ForgedCommands>(reply, meddling);
+                const std::lock_guard lock(mutex);
+                kept.push_back(commands);
+            }
+            return before(reply);
+        };
+    }
+    void completions(const std::function<int(dr_completion &, const dr_command &)> &completion)
+    {
+        commands({.completion = completion});
+    }
+    void passed_on(const std::function<bool(dr_command &)> &command) { commands({.command = command}); }
+    void again_and_again(std::function<void()> what)
+    {
+        auto repeated = std::make_shared<Repeated>(std::move(what));
+        const std::lock_guard lock(mutex);
+        kept.push_back(repeated);
+    }
+    void copy_rings()
+    {
+        const std::lock_guard lock(mutex);
+        for (ForgedRing *ring : forged)
+            ring->copy();
     }
 
-    Mapping real_;
-    ring::Region forged_;
-    std::atomic<bool> stop_ = false;
-    std::thread thread_;
+    std::mutex mutex;
+    std::vector<ForgedRing *> forged;
+    std::vector<std::shared_ptr<void>> kept;
 };
 
-TEST(CheckService, NamesAMarkerBeforeItsRuns)
+struct Wrong {
+    const char *name;
+    void (*make)(Service &);
+    std::vector<std::string_view> checks;
+    std::vector<std::string_view> broken; // these, and no others
+};
+
+void PrintTo(const Wrong &wrong, std::ostream *os)
 {
-    std::mutex mutex;
-    std::vector<std::unique_ptr<Forger>> forgers;
-    const Meddler meddler([&](Message &reply) {
-        const std::lock_guard lock(mutex);
-        if (reply.header.request == DR_RING_GET && !reply.refused())
-            forgers.push_back(std::make_unique<Forger>(reply));
+    *os << wrong.name;
+}
+
+class Breaks : public testing::TestWithParam<Wrong>
+{
+};
+
+// Deaths are not for these: the service takes the proxy for every device's process. check_faults_test has them.
+TEST_P(Breaks, IsNamed)
+{
+    std::vector<Check> checks;
+    for (const auto &area :
+         {check::message_checks(), check::object_checks(), check::memory_checks(), check::ring_checks(),
+          check::command_checks(), check::map_checks(), check::tracking_checks(), check::device_checks()}) {
+        for (const Check &c : area) {
+            const auto &wanted = GetParam().checks;
+            if (std::find(wanted.begin(), wanted.end(), c.name) != wanted.end())
+                checks.push_back(c);
+        }
+    }
+    ASSERT_EQ(checks.size(), GetParam().checks.size());
+    Service service;
+    GetParam().make(service);
+    Meddler meddler([&](Message &reply) { return service.replies(reply); },
+                    [&](Message &request) { return service.requests(request); });
+    if (service.keeps_connections)
+        meddler.keep_connections();
+    EXPECT_THAT(failed(checks, meddler.socket()), testing::ElementsAreArray(GetParam().broken));
+}
+
+// ---- messages --------------------------------------------------------------------------------------------------------
+
+void another_errno(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.refused())
+            reply.change<dr_refusal>([](dr_refusal &r) { r.error = EXDEV; });
+        return true;
+    };
+}
+
+void refusal_as_success(Service &s)
+{
+    s.replies = [](Message &reply) {
+        reply.pretend_done();
+        return true;
+    };
+}
+
+void payload_misstates_its_size(Service &s)
+{
+    s.replies = [](Message &reply) {
+        reply.change<dr_empty>([](dr_empty &e) { e.size += 4; });
+        return true;
+    };
+}
+
+void late_descriptors(Service &s)
+{
+    s.replies = [](Message &reply) { return reply.fds_late = true; };
+}
+
+void second_reply(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.is(DR_IOAS_ALLOC)) {
+            const Bytes header = bytes_of(reply.header);
+            const Bytes payload = reply.payload;
+            reply.payload.insert(reply.payload.end(), header.begin(), header.end());
+            reply.payload.insert(reply.payload.end(), payload.begin(), payload.end());
+        }
+        return true;
+    };
+}
+
+void descriptor_with_refusal(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.refused())
+            reply.fds.push_back(memory_file(1));
+        return true;
+    };
+}
+
+void another_descriptor(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.is(DR_GUEST_CREATE))
+            reply.fds[3] = memory_file(1);
+        return true;
+    };
+}
+
+void resents_a_refusal(Service &s)
+{
+    s.replies = [refused = false](Message &reply) mutable {
+        if (refused)
+            reply.refuse(EIO);
+        refused = reply.refused();
+        return true;
+    };
+}
+
+void refuses_without_reason(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.is(DR_IOAS_ALLOC))
+            reply.refuse(EIO);
+        return true;
+    };
+}
+
+// ---- objects ---------------------------------------------------------------------------------------------------------
+
+void another_slice(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.is(DR_HWPT_ALLOC))
+            reply.change<dr_hwpt>([](dr_hwpt &h) { --h.slice_lg2; });
+        return true;
+    };
+}
+
+void id_given_again(Service &s)
+{
+    s.replies = [first = 0u](Message &reply) mutable {
+        if (reply.is(DR_HWPT_ALLOC))
+            reply.change<dr_hwpt>([&](dr_hwpt &h) { h.id = first = first == 0 ? h.id : first; });
+        return true;
+    };
+}
+
+void objects_of_all_guests(Service &s)
+{
+    s.replies = [guests = 0](Message &reply) mutable {
+        guests += reply.is(DR_GUEST_CREATE);
+        if (guests == 2)
+            reply.pretend_done();
+        return true;
+    };
+}
+
+void maps_that_stay(Service &s)
+{
+    s.completions([](dr_completion &completion, const dr_command &command) {
+        if (command.opcode == DR_OP_MAP && command.length == DR_PAGE)
+            completion.result = -EEXIST;
+        return 1;
+    });
+}
+
+void connections_kept(Service &s)
+{
+    s.keeps_connections = true;
+}
+
+// ---- regions ---------------------------------------------------------------------------------------------------------
+
+void bare_cells(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.is(DR_DEVICE_ATTACH)) {
+            reply.fds[2] = memory_file(std::uint64_t{16} * DR_PAGE);
+            need(::fchmod(reply.fds[2].get(), 0666), "fchmod");
+        }
+        return true;
+    };
+}
+
+void header_without_version(Service &s)
+{
+    s.rings({.header = [](dr_ring_header &h) { h.version = 0; }});
+}
+
+void header_of_another_slice(Service &s)
+{
+    s.rings({.header = [](dr_ring_header &h) { h.last -= DR_PAGE; }});
+}
+
+void larger_command_ring(Service &s)
+{
+    s.requests = [](Message &request) {
+        if (request.header.request == DR_GUEST_CREATE)
+            request.change<dr_guest_create>([](dr_guest_create &g) { g.command_entries *= 2; });
+        return true;
+    };
+}
+
+// Generations and all else stand still for devices.
+void frozen_translation(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (!reply.is(DR_DEVICE_ATTACH))
+            return true;
+        const Mapping real = map_all(reply.fds[1], PROT_READ);
+        ring::Region frozen;
+        need(frozen.make("frozen", real.size(), ring::Pages::present), "memfd");
+        std::memcpy(frozen.map.data(), real.data(), real.size());
+        const auto &header = *frozen.map.as<dr_translation_header>();
+        for (std::uint32_t shard = 0; shard < header.shards; ++shard) {
+            auto &control = frozen.map.as<dr_shard_control>(header.shard_controls)[shard];
+            control.asleep = DR_ASLEEP;
+            control.tracking = 1;
+        }
+        need(frozen.read_only(reply.fds[1]), "reopen");
+        return true;
+    };
+}
+
+// Those of a page that is published, and of page 3 when tracking begins.
+void dirty_bits_that_stay(Service &s)
+{
+    struct Tables {
+        Mapping map;
+        dr_translation_header header;
+    };
+    auto all = std::make_shared<std::vector<Tables>>();
+    const auto soil = [&s, all](std::uint64_t page) {
+        const std::lock_guard lock(s.mutex);
+        for (const Tables &tables : *all) {
+            const std::uint64_t first = iommu::first_table(tables.header, 0);
+            for (std::uint64_t table = first; table < first + 4; ++table) {
+                std::uint64_t &entry =
+                    tables.map.as<std::uint64_t>(tables.header.table_pages + table * DR_PAGE)[page % 512];
+                std::uint64_t e = std::atomic_ref(entry).load();
+                const iommu::Entry leaf = iommu::AmdV1::decode(e, 0);
+                if (leaf.kind == iommu::EntryKind::leaf && leaf.address == page * DR_PAGE)
+                    std::atomic_ref(entry).compare_exchange_strong(e, iommu::AmdV1::accessed(e, true));
+            }
+        }
+    };
+    s.rings({.entry = [soil](std::uint64_t entry) {
+        soil(entry >> DR_PAGE_LG2);
+        return entry;
+    }});
+    s.completions([soil](dr_completion &, const dr_command &command) {
+        if (command.opcode == DR_OP_ENABLE)
+            soil(3);
+        return 1;
+    });
+    s.replies = [&s, all, before = s.replies](Message &reply) {
+        if (reply.is(DR_DEVICE_ATTACH)) {
+            const std::lock_guard lock(s.mutex);
+            const Mapping translation = map_all(reply.fds[1], PROT_READ);
+            all->push_back({map_all(reply.fds[0], PROT_READ | PROT_WRITE), *translation.as<dr_translation_header>()});
+        }
+        return before(reply);
+    };
+}
+
+void deaf_to_doorbells(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.is(DR_DEVICE_ATTACH))
+            reply.fds[3] = Fd(need(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd"));
+        return true;
+    };
+}
+
+// ---- rings -----------------------------------------------------------------------------------------------------------
+
+constexpr std::uint64_t nothing = 100 << 12; // a marker that nobody knows
+
+void marker_before_its_runs(Service &s)
+{
+    s.rings({.held = [](std::uint64_t entry) { return !dr_is_marker(entry); }});
+}
+
+void lost_runs(Service &s)
+{
+    s.rings({.entry = [](std::uint64_t entry) { return dr_is_marker(entry) ? entry : nothing; }});
+}
+
+// Another guest's rings, which are larger, are left alone.
+void lost_runs_of_small_rings(Service &s)
+{
+    lost_runs(s);
+    s.replies = [forge = s.replies](Message &reply) {
+        const bool small =
+            reply.is(DR_RING_GET) && map_all(reply.fds[0], PROT_READ).as<dr_ring_producer>()->header.capacity == 16;
+        return !small || forge(reply);
+    };
+}
+
+void lost_markers(Service &s)
+{
+    s.rings({.entry = [](std::uint64_t entry) { return dr_is_marker(entry) ? nothing : entry; }});
+}
+
+void head_beyond_staged(Service &s)
+{
+    s.rings({.always = [](dr_ring_producer &to, std::uint64_t head) { std::atomic_ref(to.staged).store(head - 1); }});
+}
+
+void published_slots_that_change(Service &s)
+{
+    s.rings({.always = [n = 0u](dr_ring_producer &to, std::uint64_t head) mutable {
+        if (head > 0 && head < 16)
+            std::atomic_ref(*reinterpret_cast<std::uint64_t *>(&to + 1)).store(dr_run(0, false, 1 + n++ % 1000));
+    }});
+}
+
+// A ring twice as large as its header says, of which all but one slot is used.
+void no_slots_for_markers(Service &s)
+{
+    s.rings({.header = [](dr_ring_header &h) { h.capacity /= 2; }});
+    s.requests = [](Message &request) {
+        if (request.header.request == DR_HWPT_ALLOC)
+            request.change<dr_hwpt_alloc>([](dr_hwpt_alloc &h) { h.ring_entries *= 2; });
+        return true;
+    };
+}
+
+void runs_beyond_memory(Service &s)
+{
+    s.rings({.entry = [](std::uint64_t entry) {
+        return dr_is_marker(entry) ? entry : dr_run(entry >> DR_PAGE_LG2, false, DR_RUN_MAX);
+    }});
+}
+
+void large_runs_anywhere(Service &s)
+{
+    s.rings({.entry = [](std::uint64_t entry) {
+        return dr_is_marker(entry) ? entry : dr_run((entry >> DR_PAGE_LG2) - 1, true, 1);
+    }});
+}
+
+void calls_for_nothing(Service &s)
+{
+    s.replies = [&s](Message &reply) {
+        if (reply.is(DR_RING_GET)) {
+            auto call = std::make_shared<Fd>(need(::fcntl(reply.fds[2].get(), F_DUPFD_CLOEXEC, 0), "dup"));
+            s.again_and_again([call] { ::eventfd_write(call->get(), 1); });
+        }
+        return true;
+    };
+}
+
+void never_rests(Service &s)
+{
+    s.requests = [](Message &request) {
+        if (request.header.request == DR_HWPT_ALLOC)
+            request.change<dr_hwpt_alloc>([](dr_hwpt_alloc &h) { h.min_interval_us = 1; });
+        return true;
+    };
+}
+
+// ---- commands --------------------------------------------------------------------------------------------------------
+
+void another_result(Service &s)
+{
+    s.completions([](dr_completion &completion, const dr_command &) {
+        completion.result = completion.result == 0 ? 0 : -EXDEV;
+        return 1;
+    });
+}
+
+void another_user_data(Service &s)
+{
+    s.completions([](dr_completion &completion, const dr_command &) {
+        ++completion.user_data;
+        return 1;
+    });
+}
+
+void completions_without_slots(Service &s)
+{
+    s.commands({.command = [](dr_command &) { return false; }, .counts_completions = false});
+}
+
+void heads_believed(Service &s)
+{
+    s.commands({.counts_completions = false});
+}
+
+void no_call_for_completions(Service &s)
+{
+    s.commands({.calls = false});
+}
+
+void unmap_and_enable_not_done(Service &s)
+{
+    s.passed_on([](dr_command &c) { return c.opcode != DR_OP_UNMAP && c.opcode != DR_OP_ENABLE; });
+}
+
+void unmap_completes_at_once(Service &s)
+{
+    s.passed_on([](dr_command &c) { return c.opcode != DR_OP_UNMAP; });
+}
+
+void sync_completes_at_once(Service &s)
+{
+    s.passed_on([](dr_command &c) { return c.opcode != DR_OP_SYNC; });
+}
+
+void disable_not_done(Service &s)
+{
+    s.passed_on([before = 0](dr_command &c) mutable { return c.opcode != DR_OP_DISABLE || before++ == 0; });
+}
+
+void more_rights(Service &s)
+{
+    s.passed_on([](dr_command &c) {
+        if (c.opcode == DR_OP_MAP)
+            c.flags |= DR_MAP_WRITE;
         return true;
     });
-    const Check &sync = find(check::tracking_checks(), "SYNC");
-    EXPECT_THAT(failed({&sync, 1}, meddler.socket()), ElementsAre("M-24"));
 }
+
+void leniency_ignored(Service &s)
+{
+    s.passed_on([](dr_command &c) {
+        c.flags &= ~std::uint32_t{DR_MAP_IDEMPOTENT | DR_UNMAP_EMPTY_OK};
+        return true;
+    });
+}
+
+void harvest_swapped(Service &s)
+{
+    s.passed_on([](dr_command &c) {
+        constexpr std::uint32_t both = DR_UNMAP_DEFERRED | DR_UNMAP_DISCARD;
+        if (c.opcode == DR_OP_UNMAP && (c.flags & both) != 0)
+            c.flags ^= both;
+        return true;
+    });
+}
+
+void harvest_thrown_away(Service &s)
+{
+    s.passed_on([](dr_command &c) {
+        if (c.opcode == DR_OP_UNMAP)
+            c.flags |= DR_UNMAP_DISCARD;
+        return true;
+    });
+}
+
+void the_same_epoch(Service &s)
+{
+    s.completions([](dr_completion &completion, const dr_command &) {
+        completion.epoch = 7;
+        return 1;
+    });
+}
+
+void runs_behind_their_epoch(Service &s)
+{
+    s.rings({.held = [](std::uint64_t e) { return !dr_is_marker(e) && dr_run_address(e) >= 100 * DR_PAGE; }});
+    s.completions([&s](dr_completion &, const dr_command &) {
+        s.copy_rings();
+        return 1;
+    });
+}
+
+void maps_held_up_by_sync(Service &s)
+{
+    s.completions(
+        [](dr_completion &, const dr_command &c) { return c.opcode == DR_OP_MAP && c.length == DR_PAGE ? 0 : 1; });
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Service, Breaks,
+    testing::Values(
+        Wrong{"another_errno",
+              another_errno,
+              {"unknown requests", "wrong sizes", "wrong descriptors", "HELLO", "kinds of connections", "guests",
+               "MEMORY_ADD", "HWPT_ALLOC and RING_GET", "DESTROY", "DEVICE_ATTACH and DEVICE_DETACH",
+               "the end of a guest"},
+              {"F-11", "F-12", "F-13", "F-14", "H-3", "H-4", "H-6", "H-7", "O-1", "O-3", "O-4", "O-6", "O-7", "O-9",
+               "O-12", "O-13", "O-15"}},
+        Wrong{"refusal_as_success", refusal_as_success, {"unknown requests", "HELLO"}, {"F-11", "H-3", "H-4", "H-6"}},
+        Wrong{"payload_misstates_its_size", payload_misstates_its_size, {"several requests at once"}, {"F-2"}},
+        Wrong{"late_descriptors", late_descriptors, {"several requests at once"}, {"F-3"}},
+        Wrong{"second_reply", second_reply, {"several requests at once"}, {"F-4"}},
+        Wrong{"descriptor_with_refusal", descriptor_with_refusal, {"unknown requests"}, {"F-7"}},
+        Wrong{"another_descriptor", another_descriptor, {"rights"}, {"F-8"}},
+        Wrong{"resents_a_refusal", resents_a_refusal, {"unknown requests"}, {"F-11", "F-16"}},
+        Wrong{"refuses_without_reason", refuses_without_reason, {"HWPT_ALLOC and RING_GET"}, {"F-17"}},
+        Wrong{"another_slice", another_slice, {"HWPT_ALLOC and RING_GET"}, {"O-5"}},
+        Wrong{"id_given_again", id_given_again, {"DESTROY"}, {"O-8"}},
+        Wrong{"objects_of_all_guests", objects_of_all_guests, {"DESTROY"}, {"O-9"}},
+        Wrong{"maps_that_stay", maps_that_stay, {"DESTROY"}, {"O-10"}},
+        Wrong{"connections_kept", connections_kept, {"the end of a guest"}, {"O-16"}},
+        Wrong{"bare_cells", bare_cells, {"rights"}, {"S-1", "S-2", "S-3"}},
+        Wrong{"header_without_version", header_without_version, {"a page that is written"}, {"S-4"}},
+        Wrong{"header_of_another_slice", header_of_another_slice, {"a page that is written"}, {"Q-1"}},
+        Wrong{"larger_command_ring", larger_command_ring, {"fields of commands"}, {"M-1"}},
+        Wrong{"frozen_translation",
+              frozen_translation,
+              {"a page that is written", "ENABLE and DISABLE"},
+              {"Q-8", "M-22"}},
+        Wrong{"dirty_bits_that_stay",
+              dirty_bits_that_stay,
+              {"a page that is written", "ENABLE and DISABLE"},
+              {"Q-7", "M-21"}},
+        Wrong{"deaf_to_doorbells", deaf_to_doorbells, {"a page that is written"}, {"Q-11"}}),
+    [](const auto &tested) { return std::string(tested.param.name); });
+
+INSTANTIATE_TEST_SUITE_P(
+    Ring, Breaks,
+    testing::Values(Wrong{"marker_before_its_runs", marker_before_its_runs, {"SYNC"}, {"M-24"}},
+                    Wrong{"lost_runs",
+                          lost_runs,
+                          {"eventfds that block", "a section that stays open", "UNMAP and a section",
+                           "ENABLE and DISABLE", "SYNC", "a device that has just attached",
+                           "a device whose connection has closed", "a pin and SYNC"},
+                          {"O-14", "S-7", "S-8", "S-10", "Q-9", "M-14", "M-22", "M-24", "S-13"}},
+                    Wrong{"lost_runs_of_a_full_ring", lost_runs, {"a full ring"}, {"Q-10", "Q-12"}},
+                    Wrong{"lost_runs_beside_a_pin", lost_runs, {"a pin and UNMAP"}, {"S-14"}},
+                    Wrong{"lost_runs_of_small_rings", lost_runs_of_small_rings, {"tails that lie"}, {"S-5"}},
+                    Wrong{"lost_markers",
+                          lost_markers,
+                          {"commands in flight at a DESTROY", "epochs", "markers and completions"},
+                          {"Q-17", "M-18", "M-25"}},
+                    Wrong{"head_beyond_staged", head_beyond_staged, {"a page that is written"}, {"Q-2"}},
+                    Wrong{"published_slots_that_change", published_slots_that_change, {"a full ring"}, {"Q-3"}},
+                    Wrong{"no_slots_for_markers", no_slots_for_markers, {"a full ring"}, {"Q-4"}},
+                    Wrong{"runs_beyond_memory", runs_beyond_memory, {"rings in OA space"}, {"S-9", "Q-5"}},
+                    Wrong{"large_runs_anywhere", large_runs_anywhere, {"a page that is written"}, {"Q-6"}},
+                    Wrong{"calls_for_nothing", calls_for_nothing, {"calls"}, {"Q-14"}},
+                    Wrong{"never_rests", never_rests, {"pacing by release", "pacing by time"}, {"Q-15", "Q-16"}}),
+    [](const auto &tested) { return std::string(tested.param.name); });
+
+INSTANTIATE_TEST_SUITE_P(
+    Command, Breaks,
+    testing::Values(
+        Wrong{"another_result",
+              another_result,
+              {"commands in flight at a DESTROY", "fields of commands", "what MAP refuses", "what UNMAP refuses",
+               "what ENABLE, DISABLE and SYNC refuse", "UNMAP through a small ring"},
+              {"O-11", "M-5", "M-6", "M-7", "M-8", "M-17"}},
+        Wrong{"another_user_data", another_user_data, {"fields of commands"}, {"M-2"}},
+        Wrong{"completions_without_slots", completions_without_slots, {"completions"}, {"M-2", "M-3"}},
+        Wrong{"heads_believed", heads_believed, {"heads that lie"}, {"S-6"}},
+        Wrong{"no_call_for_completions", no_call_for_completions, {"completions"}, {"M-4"}},
+        Wrong{"unmap_and_enable_not_done", unmap_and_enable_not_done, {"commands in flight together"}, {"M-9", "M-10"}},
+        Wrong{"more_rights", more_rights, {"translations"}, {"M-11"}},
+        Wrong{"leniency_ignored", leniency_ignored, {"what MAP refuses", "what UNMAP refuses"}, {"M-12"}},
+        Wrong{"unmap_completes_at_once",
+              unmap_completes_at_once,
+              {"UNMAP and a section", "a pin and UNMAP"},
+              {"M-13", "S-12"}},
+        Wrong{"harvest_thrown_away", harvest_thrown_away, {"UNMAP and a section"}, {"M-14"}},
+        Wrong{"harvest_swapped", harvest_swapped, {"UNMAP DEFERRED and DISCARD"}, {"M-15", "M-16"}},
+        Wrong{"the_same_epoch", the_same_epoch, {"UNMAP", "epochs"}, {"M-18", "M-20"}},
+        Wrong{"runs_behind_their_epoch", runs_behind_their_epoch, {"UNMAP"}, {"M-19"}},
+        Wrong{"disable_not_done", disable_not_done, {"ENABLE and DISABLE"}, {"M-23"}},
+        Wrong{"sync_completes_at_once",
+              sync_completes_at_once,
+              {"a device that has just attached", "a device whose connection has closed", "a pin and SYNC",
+               "markers and completions"},
+              {"O-14", "S-10", "M-25", "S-13"}},
+        Wrong{"maps_held_up_by_sync", maps_held_up_by_sync, {"SYNC without room"}, {"M-26"}}),
+    [](const auto &tested) { return std::string(tested.param.name); });
 
 // Whoever ends in the middle is named, and nothing waits for it.
 TEST(CheckService, NamesOneThatEnds)

@@ -431,8 +431,10 @@ void Rig::land(const Pin &pin)
         const auto oa = static_cast<std::uint64_t>(piece.data() - source.data());
         for (std::uint64_t at = oa / page_size * page_size; at < oa + piece.size(); at += page_size)
             written_.insert(at);
-        for (std::uint64_t i = 0; i < piece.size() / 8; ++i)
-            reinterpret_cast<std::uint64_t *>(piece.data())[i] = ++stamp_;
+        for (std::uint64_t at = 0; at + sizeof stamp_ <= piece.size(); at += sizeof stamp_) { // of any alignment
+            ++stamp_;
+            std::memcpy(piece.data() + at, &stamp_, sizeof stamp_);
+        }
     }
 }
 

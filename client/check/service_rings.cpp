@@ -122,9 +122,9 @@ void pacing_by_release(Context &c)
     Ring &ring = guest.rings[0];
     device.write(10);
     ring.wait_for_entries("Q-11", "after its device wrote and rang");
+    const std::uint64_t head = ring.head();
     device.write(20);
     device.ring_doorbell();
-    const std::uint64_t head = ring.head();
     c.expect(c.stays_false([&] { return ring.head() != head; }), "Q-16",
              "min_interval_us 0, nothing released since the last run", fmt::format("head {}", ring.head()),
              fmt::format("{}", head));

@@ -121,7 +121,7 @@ void room(Context &c)
     guest.submit(sync);
     const dr_command map = map_command(guest.ioas, all * page, page, 0);
     guest.submit(map);
-    const dr_completion first = guest.next_completion("a MAP behind a SYNC that has no room");
+    const dr_completion first = guest.next_completion("a MAP behind a SYNC that has no room", "M-26");
     c.expect(
         first.user_data == map.user_data && first.result == 0, "M-26", "a MAP behind a SYNC that has no room",
         fmt::format("the {} completed first, with {}", first.user_data == map.user_data ? "MAP" : "SYNC", first.result),
