@@ -53,6 +53,16 @@ TEST(CheckService, NamesAWrongSequence)
     EXPECT_THAT(failed(check::message_checks(), meddler.socket()), ElementsAre("F-5"));
 }
 
+TEST(CheckService, NamesOneThatTakesAPieceForAMessage)
+{
+    const Meddler meddler(Meddler::leave, [](Message &request) {
+        if (request.header.request == DR_HELLO && request.pieces > 2)
+            request.change<dr_hello>([](dr_hello &h) { h.size = 1; });
+        return true;
+    });
+    EXPECT_THAT(failed(check::message_checks(), meddler.socket()), ElementsAre("F-10"));
+}
+
 TEST(CheckService, NamesADescriptorThatIsMissing)
 {
     const Meddler meddler([](Message &reply) {

@@ -17,6 +17,7 @@ struct Message {
     Bytes payload;
     std::vector<Fd> fds;
     bool fds_late = false; // they go with the payload
+    unsigned pieces = 0;   // in which it came; 2 are one for the header and one for the payload
 
     [[nodiscard]] bool sane() const
     {
@@ -44,7 +45,7 @@ struct Message {
     void pretend_done() { header.flags &= ~DR_MESSAGE_REFUSAL; }
 };
 
-inline bool read_all(int socket, void *to, std::size_t size, std::vector<Fd> &fds)
+inline bool read_all(int socket, void *to, std::size_t size, Message &of)
 {
     for (std::size_t done = 0; done < size;) {
         iovec piece{static_cast<std::byte *>(to) + done, size - done};
@@ -56,9 +57,10 @@ inline bool read_all(int socket, void *to, std::size_t size, std::vector<Fd> &fd
         const ssize_t n = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
         (void)list.take_from(message);
         for (unsigned i = 0; i < list.count(); ++i)
-            fds.push_back(list.take(i));
+            of.fds.push_back(list.take(i));
         if (n <= 0)
             return false;
+        ++of.pieces;
         done += static_cast<std::size_t>(n);
     }
     return true;
@@ -68,12 +70,12 @@ inline bool read_all(int socket, void *to, std::size_t size, std::vector<Fd> &fd
 inline bool read_message(int socket, Message &message, bool request)
 {
     message = {};
-    if (!read_all(socket, &message.header, sizeof message.header, message.fds))
+    if (!read_all(socket, &message.header, sizeof message.header, message))
         return false;
     if (request && !message.sane())
         return true;
     message.payload.resize(message.header.size);
-    return read_all(socket, message.payload.data(), message.payload.size(), message.fds);
+    return read_all(socket, message.payload.data(), message.payload.size(), message);
 }
 
 inline bool send_message(const Peer &to, const Message &message)

@@ -11,6 +11,7 @@ class App;
 namespace dirtyring::check {
 
 struct Options {
+    std::string role;        // of the program; empty: all programs of ours
     std::string socket_path; // of a running service; empty: the kit starts one
     std::string program;     // how; empty: dirtyringd
     std::string json;        // empty: none

@@ -1,27 +1,18 @@
-// The program that is checked, when the kit starts it: on a socket in a directory of its own, and gone at the end.
+// The service that is checked, when the kit starts it: on a socket in a directory of its own, and gone at the end.
 #pragma once
 
+#include "client/check/subject.hpp"
 #include "client/migrate/temporary_directory.hpp"
-#include "ring/region.hpp"
 
-#include <chrono>
 #include <optional>
 #include <string>
-#include <sys/types.h>
-#include <vector>
 
 namespace dirtyring::check {
-
-// Words of a command line, at spaces. {socket} becomes `socket`.
-std::vector<std::string> words_of(const std::string &command, const std::string &socket);
-
-// Beside this program, or else on PATH.
-std::string beside_us(const std::string &program);
 
 class Program
 {
   public:
-    // Throws migrate::Failure if it cannot be started.
+    // Returns when it listens. Throws migrate::Failure if it cannot be started or does not listen.
     explicit Program(const std::string &command);
     Program(const Program &) = delete;
     Program &operator=(const Program &) = delete;
@@ -29,21 +20,16 @@ class Program
 
     [[nodiscard]] const std::string &socket() const { return socket_; }
 
-    // How it ended, if it has: "ended with exit code 1", and the last line that it said.
-    [[nodiscard]] std::optional<std::string> end();
+    // How it ended, if it has.
+    [[nodiscard]] std::optional<std::string> end() { return subject_.end(); }
 
     // Asks it to end, and kills it if it does not.
     void stop();
 
   private:
-    [[nodiscard]] bool ended();
-    [[nodiscard]] std::string last_line() const;
-
     migrate::TemporaryDirectory directory_;
     std::string socket_;
-    ring::Fd said_;
-    pid_t pid_ = -1;
-    std::optional<int> status_;
+    Subject subject_;
 };
 
 } // namespace dirtyring::check

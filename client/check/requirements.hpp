@@ -143,7 +143,8 @@ inline constexpr Requirement requirements[] = {
     {"Q-17", Role::service, "The service MUST end the rings of a destroyed hwpt with one end marker where there is "
      "room for it, and publish nothing behind it."},
     {"C-1", Role::consumer, "A consumer MUST NOT use a ring whose magic is not `DR_RING_MAGIC` = 0x676e697279747264, "
-     "whose version is not `DR_RING_VERSION` = 1, or whose kind, capacity or entry size it did not expect."},
+     "whose version is not `DR_RING_VERSION` = 1, whose kind or entry size it did not expect, or whose capacity is no "
+     "power of two or does not fit into the region."},
     {"C-2", Role::consumer, "A consumer MUST load `head` with acquire and read no slot at or beyond it."},
     {"C-3", Role::consumer, "A consumer MUST stop reading a ring whose `head` went back or is more than the capacity "
      "before its own `tail`."},

@@ -32,19 +32,21 @@ static void poll_for(struct io_uring *uring, int fd, unsigned events, uint64_t u
     io_uring_sqe_set_data64(sqe, user_data);
 }
 
-/* Takes what there is; returns how many runs it was. */
-static uint64_t consume(struct dirtyring_ring *ring)
+/* Takes what there is and counts its runs. False: nothing follows, the hwpt is gone. */
+static bool consume(struct dirtyring_ring *ring, uint64_t *runs)
 {
     const uint64_t *entries;
-    uint64_t runs = 0;
+    bool ended = false;
     uint32_t n;
 
     while ((n = dirtyring_ring_peek(ring, &entries)) > 0) {
-        for (uint32_t i = 0; i < n; i++)
-            runs += !dr_is_marker(entries[i]); /* here a VMM copies; vmm.c shows how */
+        for (uint32_t i = 0; i < n; i++) {
+            *runs += !dr_is_marker(entries[i]); /* here a VMM copies; vmm.c shows how */
+            ended |= dr_is_marker(entries[i]) && dr_marker_kind(entries[i]) == DR_MARKER_END;
+        }
         dirtyring_ring_release(ring, n);
     }
-    return runs;
+    return !ended;
 }
 
 static int loop(struct dirtyring_vm *vm, struct dirtyring_ring *ring, struct io_uring *uring, uint64_t reports)
@@ -56,10 +58,11 @@ static int loop(struct dirtyring_vm *vm, struct dirtyring_ring *ring, struct io_
     poll_for(uring, dirtyring_socket(vm), POLLRDHUP, SERVICE_GONE);
     for (;;) {
         /* Arm after everything was taken: false says that more has come, so look again instead of waiting. */
+        bool more;
         do
-            runs += consume(ring);
-        while (!dirtyring_ring_arm(ring));
-        if (runs >= reports)
+            more = consume(ring, &runs);
+        while (more && !dirtyring_ring_arm(ring));
+        if (!more || runs >= reports)
             break;
         poll_for(uring, dirtyring_ring_fd(ring), POLLIN, RING_CALLED);
         do
