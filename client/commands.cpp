@@ -1,8 +1,5 @@
 #include "client/commands.hpp"
-#include "client/connection.hpp"
 #include "client/vm.hpp"
-
-#include <mutex>
 
 namespace dirtyring::client {
 
@@ -81,23 +78,26 @@ int command_result(const dr_command &command, std::int32_t result)
     return fail(-result, "%s of hwpt %u: %s", name, command.object, meaning(-result));
 }
 
-Commands::Commands(Mapping front_end, Mapping service, Fd kick, Fd call, int socket)
-    : front_end_(std::move(front_end)), service_(std::move(service)), kick_(std::move(kick)), call_(std::move(call)),
-      socket_(socket), submissions_(front_end_.as<dr_ring_producer>(DR_COMMAND_PRODUCER_OFFSET),
-                                    service_.as<dr_ring_consumer>(DR_COMMAND_CONSUMER_OFFSET)),
+Commands::Commands(Connection &connection, Mapping front_end, Mapping service, Fd kick, Fd call, std::uint64_t series)
+    : connection_(connection), front_end_(std::move(front_end)), service_(std::move(service)), kick_(std::move(kick)),
+      call_(std::move(call)), series_(series & ~std::uint64_t{entries - 1}),
+      submissions_(front_end_.as<dr_ring_producer>(DR_COMMAND_PRODUCER_OFFSET),
+                   service_.as<dr_ring_consumer>(DR_COMMAND_CONSUMER_OFFSET)),
       completions_(front_end_.as<dr_ring_consumer>(DR_COMMAND_CONSUMER_OFFSET),
-                   service_.as<dr_ring_producer>(DR_COMMAND_PRODUCER_OFFSET), entries)
+                   service_.as<dr_ring_producer>(DR_COMMAND_PRODUCER_OFFSET), entries),
+      taken_(submissions_.head() != 0)
 {
     for (std::uint32_t i = 0; i < entries; ++i)
         free_[i] = i;
+    connection_.signal_return_to(kick_);
 }
 
 int Commands::queue(const dr_command &command)
 {
     const Lock lock(mutex_);
     std::uint32_t slot = 0;
-    if (failed_ != 0)
-        return failure();
+    if (const int error = failure(); error != 0)
+        return error;
     if (!put(command, State::queued, slot))
         return fail(EAGAIN, "%u commands are queued or to be reaped: submit and reap", entries);
     return 0;
@@ -106,8 +106,8 @@ int Commands::queue(const dr_command &command)
 int Commands::submit()
 {
     const Lock lock(mutex_);
-    if (failed_ != 0)
-        return failure();
+    if (const int error = failure(); error != 0)
+        return error;
     publish();
     return 0;
 }
@@ -136,7 +136,7 @@ bool Commands::arm()
         if (stash_first_ != stash_end_)
             return false;
         // After a failure nothing comes any more: let the caller sleep, its poll of the socket tells.
-        if (failed_ != 0 || completions_.arm())
+        if (broken_ || completions_.arm())
             return user_armed_ = true;
     }
 }
@@ -161,8 +161,8 @@ int Commands::run(const dr_command &command, dr_completion &completion)
 int Commands::start(const dr_command &command, std::uint32_t &slot)
 {
     const Lock lock(mutex_);
-    if (failed_ != 0)
-        return failure();
+    if (const int error = failure(); error != 0)
+        return error;
     if (!put(command, State::held, slot))
         return fail(EBUSY, "%u pipelined commands leave no room: reap first", entries);
     publish();
@@ -190,11 +190,26 @@ void Commands::drop(std::uint32_t slot)
 
 int Commands::check_service()
 {
-    const bool gone = service_gone(false);
-    const Lock lock(mutex_);
-    if (failed_ == 0 && gone)
-        failed_ = ESHUTDOWN;
-    return failure();
+    {
+        const Lock lock(mutex_);
+        if (const int error = failure(); error != 0)
+            return error;
+    }
+    return connection_.check();
+}
+
+dr_guest_status Commands::status() const
+{
+    auto *told = service_.as<dr_guest_status>(DR_GUEST_STATUS_OFFSET);
+    const std::atomic_ref since(told->since);
+    dr_guest_status seen{};
+    do {
+        seen.since = since.load(std::memory_order_acquire);
+        // Acquire: the second look at `since` comes last.
+        seen.device = std::atomic_ref(told->device).load(std::memory_order_acquire);
+        seen.pid = std::atomic_ref(told->pid).load(std::memory_order_acquire);
+    } while (since.load(std::memory_order_relaxed) != seen.since);
+    return seen;
 }
 
 bool Commands::put(const dr_command &command, State state, std::uint32_t &slot)
@@ -205,7 +220,7 @@ bool Commands::put(const dr_command &command, State state, std::uint32_t &slot)
     slots_[slot].state = state;
     slots_[slot].user_data = command.user_data;
     dr_command sent = command;
-    sent.user_data = slot;
+    sent.user_data = series_ | slot;
     submissions_.put(0, sent);
     submissions_.stage(1);
     return true;
@@ -221,7 +236,7 @@ void Commands::publish()
 // the index that is armed.
 void Commands::collect()
 {
-    for (auto batch = completions_.peek(); !batch.empty() && failed_ != EPROTO; batch = completions_.peek()) {
+    for (auto batch = completions_.peek(); !batch.empty() && !broken_; batch = completions_.peek()) {
         for (const dr_completion &completion : batch)
             complete(completion);
         if (completions_.release(batch.size()))
@@ -234,9 +249,13 @@ void Commands::collect()
 void Commands::complete(const dr_completion &completion)
 {
     const dr_completion copy = completion; // out of shared memory, then looked at
-    if (copy.user_data >= entries)
-        return break_off();
-    const auto number = static_cast<std::uint32_t>(copy.user_data);
+    const std::uint64_t number_in_series = copy.user_data - series_;
+    if (number_in_series >= entries) {
+        if (!taken_)
+            break_off();
+        return;
+    }
+    const auto number = static_cast<std::uint32_t>(number_in_series);
     Slot &slot = slots_[number];
     switch (slot.state) {
     case State::queued:
@@ -263,52 +282,41 @@ void Commands::release(std::uint32_t slot)
 
 void Commands::break_off()
 {
-    failed_ = EPROTO;
-    ::shutdown(socket_, SHUT_RDWR);
+    broken_ = true;
+    connection_.give_up("it had broken the rules of the command ring");
 }
 
 int Commands::failure() const
 {
-    if (failed_ == 0)
-        return 0;
-    return fail(failed_, failed_ == EPROTO ? "the service broke the rules of the command ring" : "the service is gone");
+    return broken_ ? fail(EPROTO, "the service broke the rules of the command ring") : connection_.failure();
 }
 
 int Commands::wait(std::uint32_t slot)
 {
     const std::uint64_t sleep_at = monotonic_ns() + spin_ns;
-    for (bool gone = false;;) {
+    for (int error = 0;;) {
         bool sleep = false;
         {
             const Lock lock(mutex_);
             collect(); // once more even when the service has gone
-            if (gone && failed_ == 0)
-                failed_ = ESHUTDOWN;
             if (slots_[slot].state == State::done)
                 return 0;
-            if (failed_ != 0) {
+            if (error == 0)
+                error = failure();
+            if (error != 0) {
                 slots_[slot].state = State::dropped;
-                return failure();
+                return error;
             }
             if (monotonic_ns() >= sleep_at)
                 sleep = completions_.arm();
         }
-        if (sleep)
-            gone = service_gone(true);
-        else
+        if (sleep) {
+            error = connection_.sleep(call_);
+            reset_event(call_);
+        } else {
             relax();
+        }
     }
-}
-
-// Looks at the socket; first sleeps, if asked, until there is something or call_ rings.
-bool Commands::service_gone(bool sleep) const
-{
-    pollfd fds[] = {{socket_, POLLRDHUP, 0}, {call_.get(), POLLIN, 0}};
-    if (::poll(fds, sleep ? 2 : 1, sleep ? -1 : 0) <= 0)
-        return false;
-    if ((fds[1].revents & POLLIN) != 0)
-        reset_event(call_);
-    return fds[0].revents != 0;
 }
 
 } // namespace dirtyring::client

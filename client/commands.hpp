@@ -1,7 +1,7 @@
 // The command ring from the VMM's side.
 #pragma once
 
-#include "client/internal.hpp"
+#include "client/connection.hpp"
 #include "ring/consumer.hpp"
 #include "ring/producer.hpp"
 
@@ -10,8 +10,9 @@ namespace dirtyring::client {
 // -error, with a sentence about the command that it answers; 0 if it is none.
 int command_result(const dr_command &command, std::int32_t result);
 
-// What the service gets as user_data is the number of a slot here; what the user gave waits in that slot. So the library's own
-// commands cannot be mistaken for the user's, whatever values those use, and each finds its completion.
+// What the service gets as user_data is this process's series and the number of a slot here; what the user gave waits in that
+// slot. So the library's own commands cannot be mistaken for the user's, whatever values those use, each finds its completion, and
+// those of a predecessor that had the guest are known as not ours.
 //
 // The set's syncs come from any thread, all else from the thread of the guest. A mutex keeps them apart; nobody waits under it.
 class Commands
@@ -19,8 +20,8 @@ class Commands
   public:
     static constexpr std::uint32_t entries = 256;
 
-    // The two memfds of ring/layout.h, checked. `socket` is watched for the service's end.
-    Commands(Mapping front_end, Mapping service, Fd kick, Fd call, int socket);
+    // The two memfds of ring/layout.h, checked. `series` is random.
+    Commands(Connection &connection, Mapping front_end, Mapping service, Fd kick, Fd call, std::uint64_t series);
 
     // The user's commands. queue: -EAGAIN: full.
     int queue(const dr_command &command);
@@ -39,6 +40,9 @@ class Commands
 
     // 0, -ESHUTDOWN: the service is gone, -EPROTO: it broke the rules of the ring.
     int check_service();
+
+    // Whom the guest waits for; `since` is 0: nobody.
+    [[nodiscard]] dr_guest_status status() const;
 
   private:
     enum class State : std::uint8_t {
@@ -65,18 +69,19 @@ class Commands
     [[nodiscard]] int failure() const;
 
     int wait(std::uint32_t slot);
-    [[nodiscard]] bool service_gone(bool sleep) const;
 
+    Connection &connection_;
     Mapping front_end_;
     Mapping service_;
     Fd kick_;
     Fd call_;
-    int socket_;
+    const std::uint64_t series_; // the slot's bits are zero
 
     Mutex mutex_;
     ring::Producer<dr_command> submissions_;
     ring::Consumer<dr_completion> completions_;
-    int failed_ = 0;          // an errno: what every later command answers
+    const bool taken_;        // a predecessor's commands may be on their way
+    bool broken_ = false;     // the service broke the rules; every later command answers so
     bool user_armed_ = false; // the user waits for call_, and has reaped nothing since arming
 
     Slot slots_[entries];

@@ -159,7 +159,7 @@ int dirtyring_dma::unpin(int pin)
 }
 
 struct dirtyring_device {
-    int attach(const dirtyring_attach &attach);
+    int attach(const char *path, const dirtyring_attach &attach);
     int detach();
     int open(FdList &fds, const dr_device &reply, std::uint32_t threads, std::uint32_t pins);
     int open_tables(FdList &fds, std::uint32_t shards);
@@ -179,7 +179,7 @@ struct dirtyring_device {
 
 static_assert(dirtyring::iommu::GuestMemory::regions_max >= DR_GUEST_REGIONS_MAX);
 
-int dirtyring_device::attach(const dirtyring_attach &attach)
+int dirtyring_device::attach(const char *path, const dirtyring_attach &attach)
 {
     const std::uint32_t threads = attach.threads != 0 ? attach.threads : 1;
     dr_device_attach request{};
@@ -188,10 +188,13 @@ int dirtyring_device::attach(const dirtyring_attach &attach)
     request.threads = threads;
     request.pins = attach.pins;
     std::memcpy(request.token, attach.token, sizeof request.token);
+    if (const int error = draw(request.key); error != 0)
+        return error;
+    request.key |= 1; // 0 is none
+    connection.introduce(DR_DEVICE_ATTACH, request);
     dr_device reply{};
     FdList fds;
-    if (const int error = connection.call(DR_DEVICE_ATTACH, request, reply, fds, offsetof(dr_device, region));
-        error != 0)
+    if (const int error = connection.open(path, reply, fds, offsetof(dr_device, region)); error != 0)
         return error;
     const int error = open(fds, reply, threads, attach.pins);
     if (error != 0)
@@ -291,11 +294,7 @@ int dirtyring_device_attach(const char *socket_path, const dirtyring_attach *att
     auto made = make<dirtyring_device>();
     if (!made)
         return -ENOMEM;
-    if (const int error = made->connection.open(socket_path); error != 0)
-        return error;
-    if (const int error = made->connection.hello(); error != 0)
-        return error;
-    if (const int error = made->attach(*attach); error != 0)
+    if (const int error = made->attach(socket_path, *attach); error != 0)
         return error;
     *dev = made.release();
     return 0;

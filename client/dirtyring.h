@@ -41,14 +41,46 @@ struct dirtyring_set;
 
 /* Connects and creates a guest with a command ring of 256 entries. Closing frees the guest and all it has.
  * -ECONNREFUSED, -ENOENT, -EACCES: as connect(2). -EPROTONOSUPPORT: the service speaks no version of ours.
- * -ETIMEDOUT: the service did not answer within 10 s. *vm is NULL on failure. */
+ * -ETIMEDOUT: the service did not answer within 10 s. *vm is NULL on failure.
+ *
+ * When the service's worker dies, the next one has the guest as it was. Calls that meet the broken socket connect again and go on;
+ * what was asked is done once. Rings are read and released meanwhile, and calls that wait for a command wait on. A request answers
+ * -ETIMEDOUT after 10 s, and -ESHUTDOWN when nobody listens at the path any more, or who does knows no such guest. After both, and
+ * after -EPROTO, every call that needs the service answers -ESHUTDOWN: the guest is lost to this process. */
 DIRTYRING_API int dirtyring_connect(const char *socket_path, struct dirtyring_vm **vm);
 
-/* The same over a connected socket, which is consumed in any case. */
+struct dirtyring_guest {
+    uint32_t linger_ms;   /* how long the guest outlives a process that died or left without closing; 0: not at all */
+    uint32_t stall_ms;    /* after how long dirtyring_stalled() tells; 0: 1000 */
+    uint8_t secret[16];   /* random; all zero: the library draws one. Whoever has it may take the guest: keep it */
+    uint32_t reserved[4]; /* zero */
+};
+
+/* The same with attributes. A secret that a guest has takes that guest. */
+DIRTYRING_API int dirtyring_connect_guest(const char *socket_path, const struct dirtyring_guest *attr,
+                                          struct dirtyring_vm **vm);
+
+/* Takes a guest over from another process, dead or alive: a VMM that updates itself or comes back after a crash. Its objects, maps
+ * and devices stay; its rings are opened anew and go on with the first entry that was not released. Commands of the predecessor
+ * that are on their way are done, but their completions are nobody's; those it had not submitted are forgotten. A predecessor that lives must
+ * have left: a call of its that needs the service would take the guest back.
+ * Errors of dirtyring_connect. -ENOENT: no guest has this secret. */
+DIRTYRING_API int dirtyring_take(const char *socket_path, const uint8_t secret[16], struct dirtyring_vm **vm);
+
+/* The same as dirtyring_connect over a connected socket, which is consumed in any case and cannot be connected again: when it
+ * breaks, the guest is lost. */
 DIRTYRING_API int dirtyring_connect_fd(int socket, struct dirtyring_vm **vm);
 
-/* Closes; rings and sets opened from vm must be closed before. NULL is allowed. */
+/* Frees the guest and closes; rings and sets opened from vm must be closed before. NULL is allowed. Waits up to 2 s for a service
+ * that is away; one that stays away frees the guest when this process has ended and linger_ms have passed. */
 DIRTYRING_API void dirtyring_close(struct dirtyring_vm *vm);
+
+/* Closes as well, but leaves the guest to a successor, for linger_ms. NULL is allowed. */
+DIRTYRING_API void dirtyring_leave(struct dirtyring_vm *vm);
+
+/* For event loops that watch dirtyring_socket(), after a hang-up: connects again. 0: all is as before, also if nothing had broken.
+ * -ETIMEDOUT: not within 10 s. -ESHUTDOWN: the service is gone. */
+DIRTYRING_API int dirtyring_reconnect(struct dirtyring_vm *vm);
 
 /* One sentence about the last failure of this thread. Never NULL. */
 DIRTYRING_API const char *dirtyring_error(void);
@@ -56,8 +88,24 @@ DIRTYRING_API const char *dirtyring_error(void);
 /* 16 bytes which entitle a device to attach to this guest. Valid until dirtyring_close. */
 DIRTYRING_API const uint8_t *dirtyring_token(const struct dirtyring_vm *vm);
 
-/* The socket: hung up (POLLHUP, POLLRDHUP) means that the service is gone. */
+/* 16 bytes which entitle a successor to take this guest. Valid until dirtyring_close. */
+DIRTYRING_API const uint8_t *dirtyring_secret(const struct dirtyring_vm *vm);
+
+/* The socket, to be watched for a hang-up (POLLRDHUP) and nothing else: the service's worker has died; dirtyring_reconnect() tells
+ * whether there is another. The number stays the same for as long as vm lives, but an epoll forgets it when the library connects
+ * again, in any call: register it anew. */
 DIRTYRING_API int dirtyring_socket(const struct dirtyring_vm *vm);
+
+/* A device that holds the guest up: it has been inside a section for stall_ms, and runs, unmaps or syncs wait for it. */
+struct dirtyring_stalled {
+    uint64_t since_ns; /* CLOCK_MONOTONIC */
+    uint32_t device;   /* its id */
+    int32_t pid;       /* its process, as the service sees it: ending it ends the wait */
+};
+
+/* True: *out tells who. False: the guest waits for nobody. From any thread; never waits. When the answer turns true,
+ * dirtyring_command_fd() becomes readable: ask after arming. */
+DIRTYRING_API bool dirtyring_stalled(const struct dirtyring_vm *vm, struct dirtyring_stalled *out);
 
 /* Guest memory [oa, oa + length) is at offset of memfd. The descriptor is duplicated for the devices. Before the first device. */
 DIRTYRING_API int dirtyring_memory_add(struct dirtyring_vm *vm, uint64_t oa, uint64_t length, int memfd,
@@ -108,7 +156,7 @@ struct dirtyring_unmapped {
                        passed this very marker, which may come before or after; 0: none */
 };
 
-/* All of them wait for the service. -ESHUTDOWN: it is gone. -EBUSY: completions of pipelined commands wait to be reaped
+/* All of them wait for the service, for as long as it takes. -ESHUTDOWN: it is gone. -EBUSY: completions of pipelined commands wait to be reaped
  * and there is no room left. */
 DIRTYRING_API int dirtyring_map(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa,
                                 uint32_t flags);
@@ -186,7 +234,8 @@ DIRTYRING_API int dirtyring_set_fd(const struct dirtyring_set *set);
  * Go on with peek and release until dirtyring_set_synced. One at a time: -EBUSY. */
 DIRTYRING_API int dirtyring_set_sync(struct dirtyring_set *set);
 
-/* 1: the markers of all rings have been released. 0: not yet. Negative: the service refused, or is gone. */
+/* 1: the markers of all rings have been released. 0: not yet. Negative: the service refused, or is gone. Never waits: while the
+ * service is away, the answer is 0. */
 DIRTYRING_API int dirtyring_set_synced(struct dirtyring_set *set);
 
 #ifdef __cplusplus

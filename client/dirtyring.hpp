@@ -88,7 +88,32 @@ class Guest
         return Guest(vm);
     }
 
+    static Result<Guest> connect(const std::string &socket_path, const dirtyring_guest &attributes)
+    {
+        dirtyring_vm *vm = nullptr;
+        if (const int rc = dirtyring_connect_guest(socket_path.c_str(), &attributes, &vm); rc < 0)
+            return detail::failure(rc);
+        return Guest(vm);
+    }
+    static Result<Guest> take(const std::string &socket_path, const std::uint8_t *secret)
+    {
+        dirtyring_vm *vm = nullptr;
+        if (const int rc = dirtyring_take(socket_path.c_str(), secret, &vm); rc < 0)
+            return detail::failure(rc);
+        return Guest(vm);
+    }
+    // For a successor. Rings are closed before; nothing may be called after.
+    void leave() { dirtyring_leave(vm_.release()); }
+    Result<void> reconnect() { return detail::result(dirtyring_reconnect(vm_.get())); }
+
     [[nodiscard]] const std::uint8_t *token() const { return dirtyring_token(vm_.get()); }
+    [[nodiscard]] const std::uint8_t *secret() const { return dirtyring_secret(vm_.get()); }
+    [[nodiscard]] std::optional<struct dirtyring_stalled> stalled() const
+    {
+        struct dirtyring_stalled told {
+        };
+        return dirtyring_stalled(vm_.get(), &told) ? std::optional(told) : std::nullopt;
+    }
     [[nodiscard]] int socket() const { return dirtyring_socket(vm_.get()); }
 
     Result<void> memory_add(std::uint64_t oa, std::uint64_t length, int memfd)

@@ -37,14 +37,14 @@ struct dirtyring_attach {
 DIRTYRING_API int dirtyring_device_attach(const char *socket_path, const struct dirtyring_attach *attach,
                                           struct dirtyring_device **dev);
 
-/* Detaches and frees; on failure the device stays. -EBUSY: a thread is in a section or holds a pin. NULL is allowed. When the service is gone
- * there is nothing to detach from: frees, returns 0. */
+/* Detaches and frees; on failure the device stays. -EBUSY: a thread is in a section or holds a pin. NULL is allowed. Connects again if
+ * the service's worker has died, which DMA need not know. When the service is gone there is nothing to detach from: frees, returns 0. */
 DIRTYRING_API int dirtyring_device_detach(struct dirtyring_device *dev);
 
 /* The DMA of thread `index`; NULL if there is no such thread. */
 DIRTYRING_API struct dirtyring_dma *dirtyring_device_dma(struct dirtyring_device *dev, uint32_t index);
 
-/* The socket: hung up (POLLHUP, POLLRDHUP) means that the service is gone. */
+/* The socket: hung up (POLLRDHUP) means that the service's worker has died. */
 DIRTYRING_API int dirtyring_device_socket(const struct dirtyring_device *dev);
 
 enum dirtyring_fault_reason {

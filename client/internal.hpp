@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <pthread.h>
+#include <sys/random.h>
 #include <utility>
 
 namespace dirtyring::client {
@@ -54,11 +55,21 @@ class Mutex
     ~Mutex() { ::pthread_mutex_destroy(&mutex_); }
 
     void lock() { ::pthread_mutex_lock(&mutex_); }
+    bool try_lock() { return ::pthread_mutex_trylock(&mutex_) == 0; }
     void unlock() { ::pthread_mutex_unlock(&mutex_); }
 
   private:
     pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
 };
+
+// Fills `out` with random bytes; at most 256.
+template <class T> int draw(T &out)
+{
+    static_assert(sizeof out <= 256, "never interrupted");
+    if (::getrandom(&out, sizeof out, 0) != static_cast<ssize_t>(sizeof out))
+        return fail(errno, "no random numbers: %s", std::strerror(errno));
+    return 0;
+}
 
 // Maps a whole region that the service has handed out. -EPROTO: it is shorter than `minimum`, which would be a SIGBUS later.
 inline int map_region(const Fd &fd, std::uint64_t minimum, int protection, const char *what, Mapping &out)

@@ -57,30 +57,33 @@ class RetainedMap
         });
     }
 
-    // The ring of the slice has passed the marker of `epoch`, perhaps before the unmap was heard to be complete.
+    // The ring of the slice has passed the marker of `epoch`, perhaps before the unmap was heard to be complete. It may come again
+    // after a restart of the service.
     void passed(std::uint32_t shard, std::uint64_t epoch)
     {
         Slice &slice = slices_.at(shard);
-        if (std::erase_if(slice.gone, [&](const Gone &g) { return g.epoch == epoch; }) == 0)
+        if (std::erase_if(slice.gone, [&](const Gone &g) { return g.epoch == epoch; }) == 0 &&
+            std::ranges::find(slice.read, epoch) == slice.read.end())
             slice.read.push_back(epoch);
     }
 
-    // Visits (oa, length) of each piece of a run, in order. False: some of it is not mapped, and nothing behind that is
-    // visited.
+    // Visits (oa, length) of each piece of a run, in order. False: some of it is not mapped, as may be with a run that came
+    // again after a restart of the service; the rest has been visited.
     template <class Visit>
     [[nodiscard]] bool translate(std::uint32_t shard, std::uint64_t start, std::uint64_t length, Visit visit) const
     {
         const Slice &slice = slices_.at(shard);
         const std::uint64_t run_end = start + length;
+        bool whole = true;
         while (start < run_end) {
             std::uint64_t end = run_end;
-            const auto oldest = slice.oldest(start, end);
-            if (!oldest)
-                return false;
-            visit(*oldest, end - start);
+            if (const auto oldest = slice.oldest(start, end))
+                visit(*oldest, end - start);
+            else
+                whole = false;
             start = end;
         }
-        return true;
+        return whole;
     }
 
     // Visits (oa, length) of all that runs of this slice may mean.
@@ -114,7 +117,8 @@ class RetainedMap
         std::deque<Gone> gone;           // oldest first
         std::vector<std::uint64_t> read; // epochs whose markers came before their unmap was heard to be complete
 
-        // The OA of `at` in the oldest map; `end` shrinks to where that map, or this map's being the oldest, ends.
+        // The OA of `at` in the oldest map; `end` shrinks to where that map, or this map's being the oldest, ends. Null: none; `end`
+        // shrinks to where the next one begins.
         [[nodiscard]] std::optional<std::uint64_t> oldest(std::uint64_t at, std::uint64_t &end) const
         {
             for (const Gone &g : gone) {
@@ -125,9 +129,11 @@ class RetainedMap
                 if (at < g.start)
                     end = std::min(end, g.start);
             }
-            const auto e = live.first_in(at, at + 1);
-            if (!e)
+            const auto e = live.first_in(at, end);
+            if (!e || e->start > at) {
+                end = e ? e->start : end;
                 return std::nullopt;
+            }
             end = std::min(end, e->end);
             return e->oa + (at - e->start);
         }

@@ -1,7 +1,6 @@
 #include "client/vm.hpp"
 
 #include <bit>
-#include <mutex>
 #include <sys/epoll.h>
 
 namespace dirtyring::client {
@@ -87,8 +86,9 @@ static int open_ring(dirtyring_vm *vm, uint32_t hwpt, uint32_t shard, dirtyring_
     request.hwpt = hwpt;
     request.shard = shard;
     dr_ring reply{};
+    FdList sent;
     FdList fds;
-    if (const int error = vm->connection.call(DR_RING_GET, request, reply, fds); error != 0)
+    if (const int error = vm->connection->call(DR_RING_GET, request, reply, sent, fds); error != 0)
         return error;
     if (const int error = expect_descriptors(fds, 4); error != 0)
         return error;
@@ -259,7 +259,7 @@ int dirtyring_set_sync(dirtyring_set *set)
     if (set->syncing)
         return fail(EBUSY, "a sync of this set is running");
     // Markers of earlier syncs, of this set or another, may still lie in the rings: each sync has a cookie of its own.
-    set->command.cookie = set->vm->next_cookie.fetch_add(1, std::memory_order_relaxed);
+    set->command.cookie = set->vm->new_cookie();
     set->missing = set->all_rings();
     if (const int error = set->vm->commands.start(set->command, set->slot); error != 0)
         return error;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "client/commands.hpp"
-#include "client/connection.hpp"
 #include "client/dirtyring.h"
 
 #include <atomic>
@@ -19,15 +18,25 @@ inline constexpr std::uint64_t own_cookies = 1ull << (DR_PAYLOAD_BITS - 1);
 } // namespace dirtyring::client
 
 struct dirtyring_vm {
-    dirtyring_vm(dirtyring::client::Connection connected, const dr_guest &created, dirtyring::client::Mapping front_end,
-                 dirtyring::client::Mapping service, dirtyring::client::Fd kick, dirtyring::client::Fd call)
-        : connection(std::move(connected)), guest(created),
-          commands(std::move(front_end), std::move(service), std::move(kick), std::move(call), connection.socket())
+    dirtyring_vm(dirtyring::client::Owned<dirtyring::client::Connection> connected, const dr_guest_create &request,
+                 const dr_guest &reply, dirtyring::client::Mapping front_end, dirtyring::client::Mapping service,
+                 dirtyring::client::Fd kick, dirtyring::client::Fd call, std::uint64_t random)
+        : connection(std::move(connected)), created(request), guest(reply),
+          commands(*connection, std::move(front_end), std::move(service), std::move(kick), std::move(call), random),
+          next_cookie(random)
     {
     }
 
-    dirtyring::client::Connection connection;
+    // Markers of a predecessor's syncs may lie in the rings: cookies begin anywhere.
+    std::uint64_t new_cookie()
+    {
+        using dirtyring::client::own_cookies;
+        return own_cookies | (next_cookie.fetch_add(1, std::memory_order_relaxed) & (own_cookies - 1));
+    }
+
+    dirtyring::client::Owned<dirtyring::client::Connection> connection;
+    dr_guest_create created;
     dr_guest guest;
     dirtyring::client::Commands commands;
-    std::atomic<std::uint64_t> next_cookie{dirtyring::client::own_cookies};
+    std::atomic<std::uint64_t> next_cookie;
 };

@@ -15,6 +15,7 @@ struct Extent {
     std::uint64_t end;   // half-open
     std::uint64_t oa;    // of start
     Rights rights;
+    std::uint32_t tag = 0; // the owner's; parts of a cut extent keep it
 };
 
 class ExtentMap
@@ -50,7 +51,7 @@ class ExtentMap
     }
 
     // [e.start, e.end) holds nothing.
-    void insert(const Extent &e) { extents_.emplace(e.start, Rest{e.end, e.oa, e.rights}); }
+    void insert(const Extent &e) { extents_.emplace(e.start, Rest{e.end, e.oa, e.rights, e.tag}); }
 
     // Forgets [start, end); an extent that reaches across a border is cut.
     void erase(std::uint64_t start, std::uint64_t end)
@@ -58,9 +59,9 @@ class ExtentMap
         for (auto e = first_in(start, end); e; e = first_in(start, end)) {
             extents_.erase(e->start);
             if (e->start < start)
-                insert({e->start, start, e->oa, e->rights});
+                insert({e->start, start, e->oa, e->rights, e->tag});
             if (e->end > end)
-                insert({end, e->end, e->oa + (end - e->start), e->rights});
+                insert({end, e->end, e->oa + (end - e->start), e->rights, e->tag});
         }
     }
 
@@ -77,12 +78,13 @@ class ExtentMap
         std::uint64_t end;
         std::uint64_t oa;
         Rights rights;
+        std::uint32_t tag;
     };
     using Map = std::map<std::uint64_t, Rest>;
 
     static Extent extent(Map::const_iterator it)
     {
-        return {it->first, it->second.end, it->second.oa, it->second.rights};
+        return {it->first, it->second.end, it->second.oa, it->second.rights, it->second.tag};
     }
 
     // The first extent that ends after `at`.

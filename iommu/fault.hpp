@@ -41,15 +41,64 @@ enum class Fault {
     no_want_kick,           // the walker sleeps before a full ring without asking for a kick
     no_second_look,         // the walker sleeps without looking again after setting its flag
     arm_without_look,       // the producer publishes without looking at the event index
+    clear_before_stage,     // D is cleared, then the run staged
+    // restart
+    restart_without_advance, // what devices have cached is left alone
+    restart_without_scan,    // the summary is trusted
+    restart_without_call,    // consumers are not called
+    restart_opens_early,     // what was closed can be pinned before everything is advanced
+    resumed_map_not_scanned, // what devices wrote through a map before it was interrupted is left to the summary
+    sync_marks_again,        // a sync that a restart does again waits for room, though its marker is there
+    cut_not_noted,           // an unmap that ended for want of room goes on after a restart, behind its marker
+    commands_not_recorded,   // a command that is taken is not recorded before it is begun
+    no_lock,                 // a guest is taken up though another worker has it
 };
 
-// A place where a test may step in between two instructions of the protocol.
+// A place where a test may step in between two instructions of the protocol, or a process die.
+#define DIRTYRING_POINTS(X)             \
+    X(device_before_tag)                \
+    X(device_between_dirty_and_summary) \
+    X(device_before_pin)                \
+    X(walker_before_advance)            \
+    X(walker_before_sleep)              \
+    X(sweep_staged)                     \
+    X(sweep_cleared)                    \
+    X(sweep_advanced)                   \
+    X(sweep_before_publish)             \
+    X(sweep_published)                  \
+    X(sync_marked)                      \
+    X(map_recorded)                     \
+    X(map_table_noted)                  \
+    X(map_table_linked)                 \
+    X(map_leaf_stored)                  \
+    X(map_whole)                        \
+    X(unmap_staged)                     \
+    X(unmap_taken_out)                  \
+    X(unmap_unlinked)                   \
+    X(unmap_marked)                     \
+    X(unmap_advanced)                   \
+    X(unmap_forgotten)                  \
+    X(enable_cleaned)                   \
+    X(enable_armed)                     \
+    X(command_recorded)                 \
+    X(command_taken)                    \
+    X(command_begun)                    \
+    X(command_done)                     \
+    X(command_completed)                \
+    X(object_stored)                    \
+    X(object_recorded)                  \
+    X(object_forgotten)                 \
+    X(death_marked)                     \
+    X(restart_begun)                    \
+    X(restart_locked)                   \
+    X(restart_rebuilt)                  \
+    X(restart_advanced)                 \
+    X(restart_published)
+
 enum class Point {
-    device_before_tag,
-    device_between_dirty_and_summary,
-    device_before_pin,
-    walker_before_advance,
-    walker_before_sleep,
+#define X(name) name,
+    DIRTYRING_POINTS(X)
+#undef X
 };
 
 #if DIRTYRING_FAULTS

@@ -30,19 +30,23 @@ constexpr std::uint64_t covering(unsigned span_lg2, unsigned lg2)
     return span_lg2 > lg2 ? 1ull << (span_lg2 - lg2) : 1;
 }
 
-// Summary words of the top tables that a shard needs; they come first in its index range.
-constexpr std::uint64_t top_words(unsigned slice_lg2)
+// A shard's tables at `level`; at the top, the summary words that it needs for the tables it shares with others.
+constexpr std::uint64_t tables_at(unsigned slice_lg2, unsigned level)
 {
-    return covering(slice_lg2, top_span_lg2);
+    return covering(slice_lg2, entry_lg2(level + 1));
 }
 
-// Table indices of one shard: every table it could ever have, in whole cache lines of table bits.
+// Every table that a shard could ever have has a number of its own in the shard's index range, level by level from the top, in the order
+// of IOVAs: tables that translate neighbours are neighbours, and the eight below a line share a byte of table bits.
+constexpr std::uint64_t first_number(unsigned slice_lg2, unsigned level)
+{
+    return level == top_level ? 0 : round_up(first_number(slice_lg2, level + 1) + tables_at(slice_lg2, level + 1), 64);
+}
+
+// Table indices of one shard, in whole cache lines of table bits.
 constexpr std::uint64_t shard_tables(unsigned slice_lg2)
 {
-    std::uint64_t n = top_words(slice_lg2);
-    for (unsigned level = 0; level < top_level; ++level)
-        n += covering(slice_lg2, entry_lg2(level + 1));
-    return round_up(n, 512);
+    return round_up(first_number(slice_lg2, 0) + tables_at(slice_lg2, 0), 512);
 }
 
 constexpr unsigned root_level(unsigned aperture_lg2)

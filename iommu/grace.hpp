@@ -52,6 +52,9 @@ class GracePeriod
         return waiting_.empty();
     }
 
+    // After passed() was false: one that it waits for.
+    [[nodiscard]] const dr_cell *waits_for() const { return waiting_.front().cell(); }
+
     void end() { running_ = false; }
     [[nodiscard]] bool running() const { return running_; }
 

@@ -46,6 +46,7 @@ class Invalidation
 
     [[nodiscard]] bool running() const { return grace_.running(); }
     [[nodiscard]] bool passed() { return fault(Fault::no_grace) || grace_.passed(); }
+    [[nodiscard]] const dr_cell *waits_for() const { return grace_.waits_for(); }
     void end() { grace_.end(); }
 
     void add_cells(std::span<dr_cell> cells) { cells_.add(cells); }

@@ -106,6 +106,12 @@ class Closing
         }
     }
 
+    // Opens all: the owner before is dead, and closes again what it takes up again.
+    void open_all()
+    {
+        change([](dr_closed &closed, const dr_closed &) { store(closed.count, 0); });
+    }
+
     // Ranges that can still be closed.
     [[nodiscard]] std::uint64_t room() const { return DR_CLOSED_MAX - current().count; }
 

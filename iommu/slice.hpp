@@ -1,25 +1,30 @@
 // The owner's side of the page tables: the slice of an hwpt that one walker owns.
 //
-// Goes by its private index: which tables there are, what they translate, what hangs under them. Of the shared tables it reads leaf
-// entries and summary words, never a pointer. One thread.
+// Goes by its own record: which tables are linked, what is mapped. Of the shared tables it reads leaf entries and summary words,
+// never a pointer. One thread.
 //
-//   node         one table, named by its number in the shard's index range (table index − first_table)
-//   top node     numbers 0 .. top_words − 1: this slice's part of a top table; has a summary word, no page of its own
+//   number       of a table: its place in the shard's index range (table index − first_table). It follows from what the table
+//                translates, so there is nothing to allocate, and a restart finds every table where it was
+//   top number   numbers below tables_at(top_level): this slice's part of a top table; has a summary word, no page of its own
 #pragma once
 
+#include "iommu/backing.hpp"
 #include "iommu/extent_map.hpp"
+#include "iommu/fault.hpp"
 #include "iommu/format.hpp"
 #include "iommu/geometry.hpp"
-#include "iommu/section.hpp"
+#include "iommu/slice_record.hpp"
 #include "iommu/summary.hpp"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cassert>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <functional>
+#include <utility>
 #include <vector>
 
 namespace dirtyring::iommu {
@@ -30,125 +35,173 @@ struct Line {
     std::uint64_t iova;  // of entries[0]
     unsigned leaf_lg2;   // what each leaf in it maps
     std::uint8_t leaves; // which entries can be leaves
-    std::uint32_t node;
-    unsigned number; // of the line in its table
+    std::uint32_t table; // its number,
+    unsigned number;     // and that of the line in it
 };
 
-// One leaf, found by the private index.
+// One leaf, found by the owner's record.
 struct Leaf {
     std::uint64_t *entry;
     std::uint64_t iova;
     std::uint64_t length;
-    std::uint32_t node;
-    unsigned index;
 };
 
 template <Format F> class Slice
 {
   public:
-    // Makes bytes [offset, offset + length) of the tables region exist; 0 or -errno.
-    using MakePresent = std::function<int(std::uint64_t offset, std::uint64_t length)>;
-
-    Slice(const dr_translation_header &h, unsigned shard, Tables tables, unsigned leaf_lg2_max,
-          MakePresent make_present)
+    // `record`: empty, or what the owner before has left. Then the slice is as it was, but for maps that had begun: record() takes
+    // up each of them.
+    Slice(const dr_translation_header &h, unsigned shard, Tables tables, unsigned leaf_lg2_max, Backing backing,
+          SliceRecord record)
         : h_(h), tables_(tables), first_table_(first_table(h, shard)), start_(std::uint64_t{shard} << h.slice_lg2),
-          end_(start_ + (1ull << h.slice_lg2)), leaf_lg2_max_(leaf_lg2_max), make_present_(std::move(make_present))
+          end_(start_ + (1ull << h.slice_lg2)), leaf_lg2_max_(leaf_lg2_max), backing_(std::move(backing)),
+          record_(std::move(record))
     {
-        for (std::uint64_t i = 0; i < top_words(h.slice_lg2); ++i)
-            new_node((start_ >> top_span_lg2 << top_span_lg2) + (i << top_span_lg2), top_level);
+        for (unsigned level = 0; level <= top_level; ++level)
+            first_[level] = first_number(h.slice_lg2, level);
+        present_.resize(shard_tables(h.slice_lg2) / granule_tables / 64 + 1);
+        record_.restore();
+        record_.for_each([&](const SliceRecord::Found &found) {
+            Extent e = found.extent;
+            e.tag = found.slot;
+            found.whole ? extents_.insert(e) : begun_.push_back(e);
+        });
+        const std::uint64_t end = bit_words() * 64;
+        for (std::uint64_t t = next_linked(first_[top_level - 1], end); t < end; t = next_linked(t + 1, end))
+            link_parent(t); // the owner before may have died between noting the link and making it
     }
 
     [[nodiscard]] std::uint64_t start() const { return start_; }
     [[nodiscard]] std::uint64_t end() const { return end_; }
     [[nodiscard]] const ExtentMap &extents() const { return extents_; }
 
-    // ---- map and unmap -------------------------------------------------------------------------------------------
-
-    // Makes a step towards having the tables that mapping [start, end) to oa may need. 0: they are there; -EAGAIN: more steps
-    // to go; -ENOMEM: they cannot be had, and nothing has changed.
-    int reserve(std::uint64_t start, std::uint64_t end, std::uint64_t oa)
+    // Calls visit(Extent) for all that devices may have translations of.
+    template <class Visit> void for_each_known(Visit visit) const
     {
-        std::uint64_t wanted = 0;
-        for (unsigned level = 0; level < top_level; ++level) {
-            const unsigned span_lg2 = entry_lg2(level + 1);
-            const std::uint64_t spans = ((end - 1) >> span_lg2) - (start >> span_lg2) + 1;
-            const bool leaves_above = span_lg2 <= leaf_lg2_max_ && ((oa - start) & ((1ull << span_lg2) - 1)) == 0;
-            wanted += leaves_above ? std::min<std::uint64_t>(spans, 2) : spans;
-        }
-        return wanted <= free_.size() + (present_ - nodes_.size()) ? 0 : make_tables();
+        extents_.for_each(visit);
+        std::for_each(begun_.begin(), begun_.end(), visit);
     }
 
-    // Maps one leaf, the largest that fits in [iova, end) and at oa; returns its length. Reserved before, nothing there.
+    // ---- map and unmap -------------------------------------------------------------------------------------------
+
+    // Makes a step towards having the memory that mapping [start, end) to oa may need. 0: it is there; -EAGAIN: more steps to go;
+    // -ENOMEM: it cannot be had, and nothing has changed.
+    int reserve(std::uint64_t start, std::uint64_t end, std::uint64_t oa)
+    {
+        if (record_.reserve() != 0)
+            return -ENOMEM;
+        for (unsigned level = top_level + 1; level-- > 0;) {
+            const unsigned span_lg2 = entry_lg2(level + 1);
+            const bool leaves_above = span_lg2 <= leaf_lg2_max_ && ((oa - start) & ((1ull << span_lg2) - 1)) == 0;
+            const std::uint64_t low = number(start, level);
+            const std::uint64_t high = number(end - 1, level);
+            if (const int result = leaves_above ? make_present(low, low) : make_present(low, high); result != 0)
+                return result;
+            if (const int result = make_present(high, high); result != 0)
+                return result;
+        }
+        return 0;
+    }
+
+    // A map begins; reserved before. `continues`: it goes on from the slice before.
+    void record(Extent e, bool continues)
+    {
+        const auto begun =
+            std::find_if(begun_.begin(), begun_.end(), [&](const Extent &b) { return b.start == e.start; });
+        if (begun == begun_.end()) {
+            e.tag = record_.add(e, continues);
+        } else {
+            e.tag = begun->tag;
+            begun_.erase(begun);
+        }
+        extents_.insert(e);
+        point(Point::map_recorded);
+    }
+
+    // The map that begins at `start` has all its leaves.
+    void recorded(std::uint64_t start)
+    {
+        record_.set_whole(extents_.first_in(start, start + 1)->tag);
+        point(Point::map_whole);
+    }
+
+    // Maps one leaf, the largest that fits in [iova, end) and at oa; returns its length. Recorded before. A leaf that a map before a
+    // restart has put there keeps its D.
     std::uint64_t map_leaf(std::uint64_t iova, std::uint64_t end, std::uint64_t oa, Rights rights)
     {
         unsigned level = 0;
         while (level < leaf_level_max && entry_lg2(level + 1) <= leaf_lg2_max_ &&
                ((iova | oa) & ((1ull << entry_lg2(level + 1)) - 1)) == 0 && end - iova >= 1ull << entry_lg2(level + 1))
             ++level;
-        const std::uint32_t number = node_for(iova, level);
-        const unsigned index = entry_index(iova, level);
-        Node &node = nodes_[number];
-        if (level > 0) {
-            std::uint32_t &child = children_[node.children][index];
-            assert(child != leaf_child);
-            if (child != no_child)
-                retire(child);
-            child = leaf_child;
+        for (unsigned l = top_level; l > level; --l) {
+            if (const std::uint64_t table = number(iova, l - 1); !record_.linked(table))
+                link(table);
         }
-        node.lines |= 1ull << (index / line_entries);
-        node.live++;
-        std::atomic_ref(entries(number)[index]).store(F::leaf(oa, level, rights), std::memory_order_seq_cst);
+        if (level > 0) {
+            if (const std::uint64_t below = number(iova, level - 1); record_.linked(below))
+                retire(below);
+        }
+        std::atomic_ref entry(entries(number(iova, level))[entry_index(iova, level)]);
+        const std::uint64_t leaf = F::leaf(oa, level, rights);
+        if (!F::same_translation(entry.load(std::memory_order_relaxed), leaf)) // what it was is no concern of any order
+            entry.store(leaf, std::memory_order_seq_cst);
+        point(Point::map_leaf_stored);
         return 1ull << entry_lg2(level);
     }
 
-    void record(const Extent &e) { extents_.insert(e); }
-    void forget(std::uint64_t start, std::uint64_t end) { extents_.erase(start, end); }
+    // An unmap comes to the slice, at its start perhaps from the one before.
+    void part(std::uint64_t start)
+    {
+        if (const auto e = extents_.first_in(start, start + 1); e && start == start_)
+            record_.part(e->tag);
+    }
+
+    // Forgets the extents of [start, end), whose leaves are gone, after the advance: until then a restart must advance them.
+    void forget(std::uint64_t start, std::uint64_t end)
+    {
+        for (auto e = extents_.first_in(start, end); e; e = extents_.first_in(e->end, end)) {
+            assert(e->start >= start);
+            if (e->end <= end)
+                record_.remove(e->tag);
+            else
+                record_.cut(e->tag, end);
+        }
+        extents_.erase(start, end);
+        point(Point::unmap_forgotten);
+    }
 
     // The leaf that maps iova, which lies in an extent.
-    [[nodiscard]] Leaf find(std::uint64_t iova)
+    [[nodiscard]] Leaf find(std::uint64_t iova) const
     {
-        std::uint32_t number = top_node(iova);
         unsigned level = top_level;
-        for (;;) {
-            const unsigned index = entry_index(iova, level);
-            const std::uint32_t child = level > 0 ? children_[nodes_[number].children][index] : leaf_child;
-            if (child == leaf_child)
-                return {entries(number) + index, iova >> entry_lg2(level) << entry_lg2(level), 1ull << entry_lg2(level),
-                        number, index};
-            assert(child != no_child);
-            number = child;
+        while (level > 0 && record_.linked(number(iova, level - 1)))
             --level;
-        }
+        return {entries(number(iova, level)) + entry_index(iova, level), iova >> entry_lg2(level) << entry_lg2(level),
+                1ull << entry_lg2(level)};
     }
 
-    // After the leaf's entry was taken out.
-    void unmapped(const Leaf &leaf)
-    {
-        Node &node = nodes_[leaf.node];
-        if (node.level > 0)
-            children_[node.children][leaf.index] = no_child;
-        drop(leaf.node);
-    }
-
-    // Unlinks the tables that became empty and lie wholly in [start, end); a table that is unmapped piece by piece stays, since it
-    // is about to be mapped again. They come back by reuse_retired after advance and grace.
+    // Unlinks the tables that lie wholly in [start, end), where nothing is mapped any more; a table that is unmapped piece by piece
+    // stays, since it is about to be mapped again.
     void reclaim(std::uint64_t start, std::uint64_t end)
     {
-        for (std::size_t i = 0; i < emptied_.size(); ++i) { // retiring may empty the parent and append it
-            const std::uint32_t number = emptied_[i];
-            const Node &node = nodes_[number];
-            const bool inside = node.base >= start && node.base + (1ull << entry_lg2(node.level + 1u)) <= end;
-            if (inside && node.live == 0 && node.level < top_level && linked_node(node.base, node.level) == number)
-                retire(number);
+        for (unsigned level = top_level; level-- > 0;) {
+            const unsigned span_lg2 = entry_lg2(level + 1);
+            const std::uint64_t from = (start + (1ull << span_lg2) - 1) >> span_lg2;
+            const std::uint64_t upto = end >> span_lg2;
+            if (from >= upto)
+                continue;
+            const std::uint64_t last = number((upto - 1) << span_lg2, level);
+            for (std::uint64_t t = next_linked(number(from << span_lg2, level), last + 1); t <= last;
+                 t = next_linked(t + 1, last + 1))
+                retire(t);
         }
-        emptied_.clear();
     }
 
     // Calls visit(iova, length) for each table that is unlinked but may still be walked.
     template <class Visit> void for_each_retired(Visit visit) const
     {
-        for (const std::uint32_t number : retired_)
-            visit(nodes_[number].base, 1ull << entry_lg2(nodes_[number].level + 1u));
+        for (const std::uint64_t table : retired_)
+            visit(base(table), 1ull << entry_lg2(level_of(table) + 1));
     }
 
     [[nodiscard]] bool has_retired() const { return !retired_.empty(); }
@@ -156,28 +209,39 @@ template <Format F> class Slice
     // A grace period after the advance over their range has passed: nobody walks them any more.
     void reuse_retired()
     {
-        free_.insert(free_.end(), retired_.begin(), retired_.end());
+        std::sort(retired_.begin(), retired_.end());
+        for (std::size_t i = 0; i < retired_.size(); ++i) {
+            const std::uint64_t granule = retired_[i] / granule_tables;
+            if (i > 0 && retired_[i - 1] / granule_tables == granule)
+                continue;
+            const std::uint64_t first = granule * granule_tables;
+            if ((record_.linked_word(first / 64) >> (first % 64) & ((1ull << granule_tables) - 1)) != 0)
+                continue;
+            clear(present_, granule);
+            backing_.give_back(page_offset(first), granule_tables << table_size_lg2);
+        }
         retired_.clear();
     }
 
     // ---- summary and dirty lines ---------------------------------------------------------------------------------
 
-    // Words of table bits that matter.
-    [[nodiscard]] std::uint64_t bit_words() const { return (nodes_.size() + 63) / 64; }
+    // The first word of table bits from `i` on that matters; bit_words(): there is none.
+    [[nodiscard]] std::uint64_t next_word(std::uint64_t i) const { return record_.next_word(i); }
+    [[nodiscard]] std::uint64_t bit_words() const { return record_.words(); }
 
     [[nodiscard]] std::uint64_t take_tables(std::uint64_t i)
     {
         return take_bits(tables_.table_bits(first_table_ / 64 + i)) & existing_tables(i);
     }
 
-    [[nodiscard]] std::uint64_t take_lines(std::uint32_t number)
+    [[nodiscard]] std::uint64_t take_lines(std::uint32_t table)
     {
-        return take_bits(tables_.line_word(first_table_ + number)) & nodes_[number].lines;
+        return take_bits(tables_.line_word(first_table_ + table)) & existing_lines(table);
     }
 
     [[nodiscard]] bool any_table_bit() const
     {
-        for (std::uint64_t i = 0; i < bit_words(); ++i) {
+        for (std::uint64_t i = next_word(0); i < bit_words(); i = next_word(i + 1)) {
             const std::uint64_t bits =
                 std::atomic_ref(tables_.table_bits(first_table_ / 64 + i)).load(std::memory_order_seq_cst);
             if ((bits & existing_tables(i)) != 0)
@@ -186,32 +250,27 @@ template <Format F> class Slice
         return false;
     }
 
-    [[nodiscard]] std::uint64_t existing_tables(std::uint64_t i) const
+    [[nodiscard]] std::uint64_t existing_tables(std::uint64_t i) const { return record_.linked_word(i); }
+
+    // Of a top table, the lines that reach into the slice.
+    [[nodiscard]] std::uint64_t existing_lines(std::uint32_t table) const
     {
-        const std::uint64_t after = nodes_.size() - i * 64;
-        return after >= 64 ? ~0ull : (1ull << after) - 1;
+        if (!record_.linked(table))
+            return 0;
+        if (table >= tops())
+            return ~0ull;
+        const std::uint64_t from = std::max(start_, base(table));
+        const std::uint64_t last = std::min<std::uint64_t>(end_, base(table) + (1ull << top_span_lg2)) - 1;
+        const unsigned high = entry_index(last, top_level) / line_entries;
+        return (~0ull >> (63 - high)) & (~0ull << (entry_index(from, top_level) / line_entries));
     }
 
-    [[nodiscard]] std::uint64_t existing_lines(std::uint32_t number) const { return nodes_[number].lines; }
-
-    [[nodiscard]] Line line(std::uint32_t number, unsigned line)
+    [[nodiscard]] Line line(std::uint32_t table, unsigned line) const
     {
-        const Node &node = nodes_[number];
+        const unsigned level = level_of(table);
         const unsigned first = line * line_entries;
-        std::uint8_t leaves = 0xff;
-        if (node.level > 0) {
-            leaves = 0;
-            for (unsigned i = 0; i < line_entries; ++i) {
-                if (children_[node.children][first + i] == leaf_child)
-                    leaves = static_cast<std::uint8_t>(leaves | 1u << i);
-            }
-        }
-        return {entries(number) + first,
-                node.base + (std::uint64_t{first} << entry_lg2(node.level)),
-                entry_lg2(node.level),
-                leaves,
-                number,
-                line};
+        const std::uint64_t iova = base(table) + (std::uint64_t{first} << entry_lg2(level));
+        return {entries(table) + first, iova, entry_lg2(level), leaves(level, iova), table, line};
     }
 
     // Which leaves of the line are dirty. After its summary bit was taken (S4).
@@ -240,145 +299,156 @@ template <Format F> class Slice
     }
 
   private:
-    static constexpr std::uint32_t no_child = 0xffff'ffff;
-    static constexpr std::uint32_t leaf_child = 0xffff'fffe;
-    static constexpr std::uint64_t chunk_tables = 512; // made present at once: 2 MiB
+    using Bits = std::vector<std::uint64_t>;
 
-    struct Node {
-        std::uint64_t base;     // IOVA of entry 0
-        std::uint64_t lines;    // which lines may hold leaves
-        std::uint32_t children; // of level > 0: index in children_
-        std::uint16_t live;     // entries in use
-        std::uint8_t level;
-    };
-    using Children = std::array<std::uint32_t, table_entries>;
+    static constexpr std::uint64_t granule_tables = 16;  // whose pages come and go together: 64 KiB
+    static constexpr std::uint64_t tables_at_once = 512; // made present in one step: 2 MiB
 
-    [[nodiscard]] std::uint64_t *entries(std::uint32_t number) const
+    // ---- numbers ----
+
+    [[nodiscard]] std::uint64_t tops() const { return tables_at(h_.slice_lg2, top_level); }
+
+    // The table at `level` that translates iova.
+    [[nodiscard]] std::uint64_t number(std::uint64_t iova, unsigned level) const
     {
-        const Node &node = nodes_[number];
-        if (node.level == top_level)
-            return tables_.entries(first_top_table(h_.aperture_lg2, top_level) + (node.base >> top_span_lg2));
-        return tables_.entries(first_table_ + number);
+        const unsigned span_lg2 = entry_lg2(level + 1);
+        return first_[level] + (iova >> span_lg2) - (start_ >> span_lg2);
     }
 
-    [[nodiscard]] std::uint32_t top_node(std::uint64_t iova) const
+    [[nodiscard]] unsigned level_of(std::uint64_t table) const
     {
-        return static_cast<std::uint32_t>((iova >> top_span_lg2) - (start_ >> top_span_lg2));
+        unsigned level = 0;
+        while (table < first_[level])
+            ++level;
+        return level;
     }
 
-    // The node at `level` that covers iova; no_child: none is linked there.
-    [[nodiscard]] std::uint32_t linked_node(std::uint64_t iova, unsigned level) const
+    // The IOVA of its entry 0.
+    [[nodiscard]] std::uint64_t base(std::uint64_t table) const
     {
-        std::uint32_t number = top_node(iova);
-        for (unsigned l = top_level; l > level; --l) {
-            number = children_[nodes_[number].children][entry_index(iova, l)];
-            if (number >= leaf_child)
-                return no_child;
-        }
-        return number;
+        const unsigned level = level_of(table);
+        const unsigned span_lg2 = entry_lg2(level + 1);
+        return ((start_ >> span_lg2) + (table - first_[level])) << span_lg2;
     }
 
-    // The same, linking tables that are missing.
-    std::uint32_t node_for(std::uint64_t iova, unsigned level)
+    [[nodiscard]] std::uint64_t *entries(std::uint64_t table) const
     {
-        std::uint32_t number = top_node(iova);
-        for (unsigned l = top_level; l > level; --l) {
-            const unsigned index = entry_index(iova, l);
-            const std::uint32_t child = children_[nodes_[number].children][index];
-            assert(child != leaf_child);
-            if (child != no_child) {
-                number = child;
-                continue;
-            }
-            const std::uint32_t made = take_table(iova >> entry_lg2(l) << entry_lg2(l), l - 1);
-            children_[nodes_[number].children][index] = made;
-            nodes_[number].live++;
-            std::atomic_ref(entries(number)[index])
-                .store(F::table(first_table_ + made, l - 1), std::memory_order_seq_cst);
-            number = made;
-        }
-        return number;
+        if (table < tops())
+            return tables_.entries(first_top_table(h_.aperture_lg2, top_level) + (base(table) >> top_span_lg2));
+        return tables_.entries(first_table_ + table);
     }
 
-    std::uint32_t new_node(std::uint64_t base, unsigned level)
+    [[nodiscard]] std::uint64_t page_offset(std::uint64_t table) const
     {
-        nodes_.push_back({base, 0, 0, 0, 0});
-        const auto number = static_cast<std::uint32_t>(nodes_.size() - 1);
-        set_level(number, base, level);
-        present_ = std::max<std::uint64_t>(present_, nodes_.size());
-        return number;
+        return h_.table_pages + ((first_table_ + table) << table_size_lg2);
     }
 
-    void set_level(std::uint32_t number, std::uint64_t base, unsigned level)
+    // Which of the 8 entries at iova are this slice's, and no table hangs below them.
+    [[nodiscard]] std::uint8_t leaves(unsigned level, std::uint64_t iova) const
     {
-        Node &node = nodes_[number];
-        node = {base, 0, 0, 0, static_cast<std::uint8_t>(level)};
         if (level == 0)
-            return;
-        if (free_children_.empty()) {
-            children_.emplace_back();
-            free_children_.push_back(static_cast<std::uint32_t>(children_.size() - 1));
+            return 0xff;
+        std::uint8_t mask = 0;
+        for (unsigned i = 0; i < line_entries; ++i, iova += 1ull << entry_lg2(level)) {
+            if (iova >= start_ && iova < end_ && !record_.linked(number(iova, level - 1)))
+                mask = static_cast<std::uint8_t>(mask | 1u << i);
         }
-        node.children = free_children_.back();
-        free_children_.pop_back();
-        children_[node.children].fill(no_child);
+        return mask;
     }
 
-    std::uint32_t take_table(std::uint64_t base, unsigned level)
+    // ---- links ----
+
+    void link(std::uint64_t table)
     {
-        if (free_.empty())
-            return new_node(base, level);
-        const std::uint32_t number = free_.back();
-        free_.pop_back();
-        set_level(number, base, level);
-        std::memset(entries(number), 0, 1u << table_size_lg2);
-        return number;
+        record_.link(table);
+        point(Point::map_table_noted);
+        std::memset(entries(table), 0, 1u << table_size_lg2);
+        link_parent(table);
+        point(Point::map_table_linked);
     }
 
-    // One entry of the node less.
-    void drop(std::uint32_t number)
+    void link_parent(std::uint64_t table)
     {
-        Node &node = nodes_[number];
-        if (--node.live == 0) {
-            node.lines = 0;
-            emptied_.push_back(number);
+        std::atomic_ref(parent_entry(table))
+            .store(F::table(first_table_ + table, level_of(table)), std::memory_order_seq_cst);
+    }
+
+    // Unlinks a table that maps nothing, and the tables below it.
+    void retire(std::uint64_t table)
+    {
+        if (const unsigned level = level_of(table); level > 0) {
+            const std::uint64_t below = number(base(table), level - 1);
+            for (std::uint64_t t = next_linked(below, below + table_entries); t < below + table_entries;
+                 t = next_linked(t + 1, below + table_entries))
+                retire(t);
         }
+        std::atomic_ref(parent_entry(table)).store(0, std::memory_order_seq_cst);
+        point(Point::unmap_unlinked);
+        record_.unlink(table);
+        retired_.push_back(table);
     }
 
-    // Unlinks a table, and the tables below it, that map nothing.
-    void retire(std::uint32_t number)
+    [[nodiscard]] std::uint64_t &parent_entry(std::uint64_t table) const
     {
-        const Node node = nodes_[number];
-        if (node.level > 0) {
-            for (unsigned i = 0; i < table_entries; ++i) {
-                if (const std::uint32_t child = children_[node.children][i]; child != no_child)
-                    retire(child);
-            }
-            free_children_.push_back(node.children);
+        const unsigned above = level_of(table) + 1;
+        return entries(number(base(table), above))[entry_index(base(table), above)];
+    }
+
+    // The first linked table in [from, end); `end`: there is none.
+    [[nodiscard]] std::uint64_t next_linked(std::uint64_t from, std::uint64_t end) const
+    {
+        while (from < end) {
+            const std::uint64_t word = next_word(from / 64);
+            if (word > from / 64)
+                from = word * 64;
+            if (from >= end)
+                break;
+            const std::uint64_t bits = record_.linked_word(from / 64) >> (from % 64);
+            if (bits != 0)
+                return std::min(end, from + static_cast<unsigned>(std::countr_zero(bits)));
+            from = (from / 64 + 1) * 64;
         }
-        const std::uint32_t parent = linked_node(node.base, node.level + 1u);
-        const unsigned index = entry_index(node.base, node.level + 1u);
-        std::atomic_ref(entries(parent)[index]).store(0, std::memory_order_seq_cst);
-        children_[nodes_[parent].children][index] = no_child;
-        drop(parent);
-        nodes_[number].lines = 0;
-        retired_.push_back(number);
+        return end;
     }
 
-    // One chunk more. -EAGAIN: done, look again. 0: every table that the slice could ever need has a page, linked or free.
-    int make_tables()
+    // ---- memory ----
+
+    // A step towards pages, summary and record of tables [low, high]; a top table has no page of its own.
+    int make_present(std::uint64_t low, std::uint64_t high)
     {
-        const std::uint64_t upto = std::min(present_ + chunk_tables, shard_tables(h_.slice_lg2));
-        if (upto == present_)
+        const std::uint64_t from = next_clear(low / granule_tables, high / granule_tables + 1);
+        if (from > high / granule_tables)
             return 0;
-        const std::uint64_t first = first_table_ + present_;
-        const std::uint64_t count = upto - present_;
-        if (make_present_(h_.table_pages + (first << table_size_lg2), count << table_size_lg2) != 0 ||
-            make_present_(h_.line_words + first * 8, count * 8) != 0 ||
-            make_present_(h_.table_bits + first / 8, round_up(count / 8 + 1, 8)) != 0)
+        std::uint64_t upto = from + 1;
+        while (upto <= high / granule_tables && upto - from < tables_at_once / granule_tables && !test(present_, upto))
+            ++upto;
+        const std::uint64_t number = from * granule_tables;
+        const std::uint64_t count = (upto - from) * granule_tables;
+        const std::uint64_t index = first_table_ + number;
+        const bool pages = number >= tops();
+        if ((pages && backing_.make_present(page_offset(number), count << table_size_lg2) != 0) ||
+            backing_.make_present(h_.line_words + index * 8, count * 8) != 0 ||
+            backing_.make_present(h_.table_bits + index / 8, count / 8) != 0 ||
+            record_.make_present(number, count) != 0)
             return -ENOMEM;
-        present_ = upto;
+        for (std::uint64_t granule = from; granule < upto; ++granule)
+            set(present_, granule);
+        for (std::uint64_t top = number; top < std::min(number + count, tops()); ++top)
+            record_.link(top); // it is there, and stays
         return -EAGAIN;
+    }
+
+    // ---- sets of bits ----
+
+    static bool test(const Bits &bits, std::uint64_t i) { return (bits[i / 64] >> (i % 64) & 1) != 0; }
+    static void set(Bits &bits, std::uint64_t i) { bits[i / 64] |= 1ull << (i % 64); }
+    static void clear(Bits &bits, std::uint64_t i) { bits[i / 64] &= ~(1ull << (i % 64)); }
+
+    [[nodiscard]] std::uint64_t next_clear(std::uint64_t granule, std::uint64_t end) const
+    {
+        while (granule < end && test(present_, granule))
+            ++granule;
+        return granule;
     }
 
     dr_translation_header h_;
@@ -387,15 +457,13 @@ template <Format F> class Slice
     std::uint64_t start_;
     std::uint64_t end_;
     unsigned leaf_lg2_max_;
-    MakePresent make_present_;
-    ExtentMap extents_;
-    std::vector<Node> nodes_;
-    std::vector<Children> children_; // of nodes above level 0
-    std::vector<std::uint32_t> free_children_;
-    std::vector<std::uint32_t> free_;    // table pages
-    std::vector<std::uint32_t> emptied_; // perhaps to be retired by reclaim
-    std::vector<std::uint32_t> retired_; // unlinked, perhaps still walked
-    std::uint64_t present_ = 0;          // numbers below this have a page
+    Backing backing_;
+    SliceRecord record_;
+    std::array<std::uint64_t, top_level + 1> first_{}; // number of the first table of each level
+    ExtentMap extents_;                                // tag: the slot of the record
+    std::vector<Extent> begun_;                        // maps that a restart has interrupted
+    Bits present_;                                     // granules whose memory is there
+    std::vector<std::uint64_t> retired_;               // unlinked, perhaps still walked
 };
 
 // Links the root to the top tables of an hwpt; the pages exist.

@@ -57,9 +57,14 @@ class BenchHwpt
         config.generations = translation_.map.as<std::uint64_t>(h_.generations);
         config.producer = producer_.map.as<dr_ring_producer>();
         config.consumer = consumer_region_.map.as<dr_ring_consumer>();
-        config.make_present = [this](std::uint64_t offset, std::uint64_t length) {
-            return tables_.make_present(offset, length);
+        const auto there = [](ring::Region &region) {
+            return
+                [&region](std::uint64_t offset, std::uint64_t length) { return region.make_present(offset, length); };
         };
+        config.backing = {there(tables_),
+                          [this](std::uint64_t offset, std::uint64_t length) { tables_.give_back(offset, length); }};
+        must(record_.make("bench-record", iommu::SliceRecord::size(h_), ring::Pages::sparse));
+        config.record = {record_.map.data(), h_, there(record_)};
         config.call = [] {};
         shard_ = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
         shard_->add(threads());
@@ -131,7 +136,7 @@ class BenchHwpt
     // The whole of it, whatever the summary says.
     void owe_full_scan()
     {
-        shard_->bury(threads());
+        shard_->bury(threads(), [] {});
         shard_->add(threads());
     }
 
@@ -156,6 +161,7 @@ class BenchHwpt
 
     dr_translation_header h_;
     ring::Region tables_;
+    ring::Region record_;
     ring::Region translation_;
     ring::Region producer_;
     ring::Region consumer_region_;

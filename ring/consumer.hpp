@@ -18,8 +18,13 @@ template <class Entry> class Consumer
   public:
     // Continues at `mine->tail`. `capacity` is a power of two.
     Consumer(dr_ring_consumer *mine, dr_ring_producer *peer, std::uint64_t capacity)
+        : Consumer(mine, peer, capacity, mine->tail)
+    {
+    }
+    // Continues at `tail`, which the next release stores.
+    Consumer(dr_ring_consumer *mine, dr_ring_producer *peer, std::uint64_t capacity, std::uint64_t tail)
         : mine_(mine), peer_(peer), entries_(reinterpret_cast<const Entry *>(peer + 1)), capacity_(capacity),
-          tail_(mine->tail), peeked_(tail_)
+          tail_(tail), peeked_(tail)
     {
     }
 

@@ -13,8 +13,18 @@
  * The first request of a connection is HELLO. A connection is a front-end (after GUEST_CREATE) or a device (after
  * DEVICE_ATTACH), never both. Descriptors are exactly those listed; more or fewer is EINVAL, and all are closed.
  *
- * A front-end's connection is its guest's life: closing it frees the guest. A device is the process that connected; its
- * cells are waited for until it says DETACH or that process is gone, whatever becomes of the connection.
+ * A front-end's connection is its guest's life: closing it frees the guest, unless a successor takes it within linger_ms. A device
+ * is the process that connected; its cells are waited for until it says DETACH or that process is gone, whatever becomes of the
+ * connection.
+ *
+ * When the service dies and another worker takes its place, connections break and nothing else does: regions, eventfds, rings and
+ * what is in them stay. Until its process ends, nobody has to hurry: who needs the socket connects again, says HELLO, and then
+ *
+ *    a front-end   GUEST_CREATE with its secret and DR_GUEST_AGAIN, then the request that got no reply, with its old sequence: what MEMORY_ADD,
+ *                  IOAS_ALLOC, HWPT_ALLOC or DESTROY has done is not done again, and the reply is the one that was lost
+ *    a device      DEVICE_ATTACH with its key: it is the device that it was
+ *
+ * A front-end's sequences grow from request to request (modulo 2^32), over all connections of its guest.
  *
  * Errors that any request may meet: EPROTO (no HELLO yet, or the wrong kind of connection), E2BIG (see above), EINVAL (payload
  * too short to hold its first fields, wrong number of descriptors), EOPNOTSUPP (unknown request), ENOMEM, EMFILE.
@@ -59,6 +69,7 @@ enum dr_request {
     DR_DEVICE_ATTACH = 8, /* device:    dr_device_attach  → dr_device, fds: tables (rw), translation (ro), cells (rw),
                                                             doorbell eventfd of each shard, memory of each region */
     DR_DEVICE_DETACH = 9, /* device:    dr_empty          → dr_empty */
+    DR_GUEST_DESTROY = 10, /* front-end: dr_empty         → dr_empty; frees the guest, lingering or not */
 };
 
 struct dr_message_header {
@@ -79,18 +90,31 @@ struct dr_hello {
     uint64_t features;
 };
 
-/* EINVAL: command_entries is no power of two within DR_COMMAND_CAPACITY_*. EBUSY: this connection has a guest.
- * ENOSPC: too many guests. */
+#define DR_GUEST_TAKE (1u << 0)  /* only take a guest over: there must be one with this secret */
+#define DR_GUEST_AGAIN (1u << 1) /* the same, and only if this process had it last: its connection has broken */
+
+/* Creates a guest, or takes over the one that has this secret; a front-end that still has it loses its connection.
+ * EINVAL: command_entries is no power of two within DR_COMMAND_CAPACITY_*, unknown flags, a secret of zeroes. ENOENT: any flag,
+ * and no guest has this secret. ENOSPC: too many guests. EBUSY: this connection has a guest; DR_GUEST_AGAIN, and another process has
+ * taken it over. ESRCH: the peer's process cannot be watched. */
 struct dr_guest_create {
     uint32_t size;
-    uint32_t command_entries;
+    uint32_t command_entries; /* of a new guest */
+    uint32_t flags;           /* DR_GUEST_* */
+    uint32_t
+        linger_ms; /* how long the guest waits for a successor when the connection is closed; 0: not at all, or, of a
+                           guest that is taken over, as long as before */
+    uint32_t
+        stall_ms; /* a device that holds the guest up for so long is told in dr_guest_status; 0: 1000, or as before */
+    uint8_t
+        secret[DR_TOKEN_BYTES]; /* random, of the front-end's choice: whoever has it may take the guest over; keep it */
 };
 
 struct dr_guest {
     uint32_t size;
     uint32_t command_entries;
-    uint8_t token[DR_TOKEN_BYTES];  /* whoever has it may attach devices; hand it to them out of band */
-    uint8_t secret[DR_TOKEN_BYTES]; /* whoever has it may take the guest over as its front-end; keep it */
+    uint8_t token[DR_TOKEN_BYTES]; /* whoever has it may attach devices; hand it to them out of band */
+    uint32_t sequence;             /* of the last request that changed the guest; a successor's go on from here */
 };
 
 /* A piece of guest-physical memory. The service passes its descriptor on to devices and never maps it.
@@ -155,8 +179,8 @@ struct dr_ring {
 #define DR_DEVICE_CAN_TRACK (1u << 0) /* its IOMMU sets Dirty bits */
 
 /* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; threads * pins is
- * over DR_DEVICE_PINS_MAX; the hwpt requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's attach). EBUSY: attached already. ENOSPC:
- * too many devices. ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the device did not
+ * over DR_DEVICE_PINS_MAX; key is 0; the hwpt requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's attach). EBUSY: this connection has a device, or another
+ * process has the device of this key. ENOSPC: too many devices. ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the device did not
  * offer DR_FEATURE_SUMMARY: where it left a leaf dirty, another would not summarize it. */
 struct dr_device_attach {
     uint32_t size;
@@ -166,6 +190,8 @@ struct dr_device_attach {
     uint8_t token[DR_TOKEN_BYTES];
     uint32_t pins;     /* slots of each thread, for DMA in flight without a section; may be 0 */
     uint32_t reserved; /* zero */
+    uint64_t
+        key; /* random, of the device's choice: attaching again with it after the connection broke changes nothing */
 };
 
 struct dr_device_region {
@@ -194,14 +220,14 @@ DR_STATIC_ASSERT(sizeof(struct dr_message_header) == 16, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_empty) == 4, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_object) == 8, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_hello) == 16, "ABI");
-DR_STATIC_ASSERT(sizeof(struct dr_guest_create) == 8, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_guest_create) == 36, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_hwpt) == 16, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_ring_get) == 12, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_ring) == 8, "ABI");
-DR_STATIC_ASSERT(sizeof(struct dr_guest) == 40, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_guest) == 28, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_memory_region) == 32, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 40, "ABI");
-DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 40, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 48, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_device) == 16 + 24 * DR_GUEST_REGIONS_MAX, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_refusal) == 252, "ABI");
 DR_STATIC_ASSERT(3 + DR_SHARDS_MAX + DR_GUEST_REGIONS_MAX <= DR_MESSAGE_FDS_MAX, "an attach reply fits in one message");

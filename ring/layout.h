@@ -202,6 +202,7 @@ static inline uint64_t dr_marker_payload(uint64_t entry)
  *    front-end memfd (VMM writes)                     service memfd (VMM reads)
  *    ┌────────────────────────────────────┐           ┌────────────────────────────────────┐
  *    │ 0     consumer region, completions │           │ 0     consumer region, submissions │
+ *    │                                    │           │ 2048  guest status                 │
  *    │ 4096  producer region, submissions │           │ 4096  producer region, completions │
  *    └────────────────────────────────────┘           └────────────────────────────────────┘
  *
@@ -212,6 +213,7 @@ static inline uint64_t dr_marker_payload(uint64_t entry)
  */
 #define DR_COMMAND_CONSUMER_OFFSET 0
 #define DR_COMMAND_PRODUCER_OFFSET DR_PAGE
+#define DR_GUEST_STATUS_OFFSET 2048
 #define DR_COMMAND_CAPACITY_MIN 2u
 #define DR_COMMAND_CAPACITY_MAX 4096u
 
@@ -241,7 +243,7 @@ enum dr_command_flags {
  *   ENOMEM  no memory for tables; nothing was mapped     ENOSPC  map: no hwpt in this ioas
  *   EAGAIN  unmap: the ring is full; `done` bytes from iova are unmapped: release entries, then ask for the rest
  *   EALREADY enable/disable: it is so already            EOPNOTSUPP enable, disable, sync: no dirty tracking
- *   ECANCELED the object was destroyed meanwhile */
+ *   ECANCELED the object was destroyed meanwhile            EIO     a restart of the service has lost track of it */
 struct dr_command {
     uint64_t user_data; /* comes back in the completion */
     uint32_t opcode;    /* enum dr_opcode */
@@ -264,6 +266,17 @@ struct dr_completion {
                           DEFERRED or DISCARD once it is published; else 0 */
 };
 
+/* On whom the guest waits. A device that stays inside a section holds up what needs its grace period: runs, unmaps and
+ * syncs of its own hwpt. When that has lasted for stall_ms, the service fills this in, `since` last (release), and calls; it sets
+ * `since` to 0 when the device has gone on or died. Whoever kills the device's process ends the wait. */
+struct dr_guest_status {
+    uint64_t since;  /* CLOCK_MONOTONIC ns; 0: on nobody */
+    uint32_t device; /* its id */
+    int32_t pid;     /* its process, as the service sees it */
+};
+
+DR_STATIC_ASSERT(sizeof(struct dr_guest_status) == 16, "ABI");
+DR_STATIC_ASSERT(DR_GUEST_STATUS_OFFSET + sizeof(struct dr_guest_status) <= DR_COMMAND_PRODUCER_OFFSET, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_command) == 64, "ABI: a command is a cache line");
 DR_STATIC_ASSERT(sizeof(struct dr_completion) == 32, "ABI");
 

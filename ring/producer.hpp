@@ -15,10 +15,11 @@ namespace dirtyring::ring {
 template <class Entry> class Producer
 {
   public:
-    // `mine` is writable and carries a whole header; its indices are taken up from there.
-    Producer(dr_ring_producer *mine, dr_ring_consumer *peer)
+    // `mine` is writable and carries a whole header; its indices are taken up from there. `promised`: slots past head that
+    // were seen free before a restart, at most the capacity.
+    Producer(dr_ring_producer *mine, dr_ring_consumer *peer, std::uint64_t promised = 0)
         : mine_(mine), peer_(peer), entries_(reinterpret_cast<Entry *>(mine + 1)), capacity_(mine->header.capacity),
-          head_(mine->head), staged_(mine->staged), tail_(head_ - capacity_)
+          head_(mine->head), staged_(mine->staged), tail_(head_ - capacity_ + promised)
     {
         assert(std::has_single_bit(capacity_) && mine->header.entry_size == sizeof(Entry));
         refresh();
@@ -52,6 +53,13 @@ template <class Entry> class Producer
     void stage(std::uint64_t n)
     {
         staged_ += n;
+        word(mine_->staged).store(staged_, std::memory_order_release); // R2
+    }
+
+    // Takes back what is staged and not published.
+    void unstage()
+    {
+        staged_ = head_;
         word(mine_->staged).store(staged_, std::memory_order_release); // R2
     }
 

@@ -115,6 +115,13 @@ struct Region {
         return ::fallocate(fd.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(length)) == 0 ? 0 : -errno;
     }
 
+    // The other way round: nobody uses them; zeroes when they are touched again.
+    void give_back(std::size_t offset, std::size_t length) const
+    {
+        ::fallocate(fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                    static_cast<off_t>(length));
+    }
+
     // A descriptor of the same memory that cannot be mapped for writing.
     int read_only(Fd &out) const
     {

@@ -1,43 +1,38 @@
 #include "service/commands.hpp"
 
+#include "service/command_checks.hpp"
+
 #include <algorithm>
+#include <cassert>
 #include <cerrno>
 
 namespace dirtyring::service {
 
 namespace {
 
-constexpr std::uint64_t payload_mask = (1ull << DR_PAYLOAD_BITS) - 1;
 // Commands that may be overtaken by those behind them.
 constexpr std::size_t waiting_max = 16;
 
-// [start, end) ∩ [other_start, other_end) ≠ ∅
-bool overlap(std::uint64_t start, std::uint64_t end, std::uint64_t other_start, std::uint64_t other_end)
+// Must one of them wait for the other? Syncs go side by side; a change of tracking goes alone, for it would take away what a sync has
+// yet to find.
+bool meet(const dr_command &a, std::uint64_t a_end, const dr_command &b, std::uint64_t b_end)
 {
-    return start < other_end && other_start < end;
-}
-
-bool aligned(std::uint64_t value)
-{
-    return value % DR_PAGE == 0;
-}
-
-std::uint64_t end_of(const dr_command &request)
-{
-    return request.iova + std::min(request.length, UINT64_MAX - request.iova);
-}
-
-bool is_range(std::uint32_t opcode)
-{
-    return opcode == DR_OP_MAP || opcode == DR_OP_UNMAP;
+    if (a.object != b.object || is_range(a.opcode) != is_range(b.opcode))
+        return false;
+    if (!is_range(a.opcode))
+        return a.opcode != DR_OP_SYNC || b.opcode != DR_OP_SYNC;
+    return a.iova < b_end && b.iova < a_end;
 }
 
 } // namespace
 
 Commands::Commands(Config config)
-    : home_(config.home), submissions_(config.submissions, config.submissions_peer, config.capacity),
-      completions_(config.completions, config.completions_peer), call_(std::move(config.call))
+    : home_(config.home), journal_(config.journal, config.submissions->tail, config.completions->head),
+      submissions_(config.submissions, config.submissions_peer, config.capacity, journal_.tail()),
+      completions_(config.completions, config.completions_peer, journal_.left().size()), call_(std::move(config.call)),
+      restarting_(config.restarted)
 {
+    assert(config.journal.size() == config.capacity);
     for (std::uint32_t i = 0; i < config.capacity; ++i) {
         slots_.push_back(std::make_unique<Command>());
         free_.push_back(slots_.back().get());
@@ -48,39 +43,55 @@ Commands::~Commands() = default;
 
 bool Commands::poll()
 {
+    if (restarting_)
+        return false;
     // A submission is taken only when its completion will have a slot.
-    const std::uint64_t promised = in_flight_ + taken_.size();
+    const std::uint64_t promised = journal_.in_use();
     const std::uint64_t room = completions_.room();
-    if (room > promised) {
-        const auto fresh = submissions_.peek(room - promised);
-        taken_.insert(taken_.end(), fresh.begin(), fresh.end());
-        look_again_ |= !fresh.empty();
-        if (!fresh.empty() && submissions_.release(fresh.size()))
-            call_();
-    }
+    if (room > promised)
+        take(submissions_.peek(room - promised));
     if (!std::exchange(look_again_, false))
         return false;
     std::size_t waiting = 0;
     const std::size_t taken = taken_.size();
     for (std::size_t i = 0; i < taken; ++i) {
-        const dr_command request = taken_[i];
+        CommandRecord &record = *taken_[i];
         const int result =
-            waiting >= waiting_max || meets_one_waiting(request, waiting) ? -EINPROGRESS : start(request);
+            waiting >= waiting_max || meets_one_waiting(record.request, waiting) ? -EINPROGRESS : start(record);
         if (result == -EINPROGRESS)
-            taken_[waiting++] = request;
+            taken_[waiting++] = &record;
         else if (result < 0)
-            complete(request, result, 0, 0);
+            complete(record, result, 0, 0);
     }
     taken_.resize(waiting);
     return waiting < taken;
 }
 
+// Recorded first: once the tail has passed it, the ring no longer holds it for us.
+void Commands::take(std::span<const dr_command> fresh)
+{
+    if (fresh.empty())
+        return;
+    std::uint64_t index = submissions_.tail();
+    for (const dr_command &request : fresh) {
+        taken_.push_back(&journal_.take(request, index++));
+        point(Point::command_recorded);
+    }
+    look_again_ = true;
+    const bool wanted = submissions_.release(fresh.size()); // J2
+    point(Point::command_taken);
+    if (wanted)
+        call_();
+}
+
 bool Commands::prepare_sleep()
 {
-    if (completions_.room() <= in_flight_ + taken_.size()) {
+    if (restarting_)
+        return true;
+    if (completions_.room() <= journal_.in_use()) {
         completions_.want_kick(true);
         asked_for_kick_ = true;
-        return completions_.room() <= in_flight_ + taken_.size();
+        return completions_.room() <= journal_.in_use();
     }
     return submissions_.arm();
 }
@@ -129,7 +140,7 @@ void Commands::remove_hwpt(std::uint32_t id)
     const auto it = hwpts_.find(id);
     const std::uint32_t ioas = it->second.ioas;
     for (const auto &c : slots_) {
-        if (c->in_flight && c->request.object == (is_range(c->request.opcode) ? ioas : id))
+        if (c->in_flight && c->request().object == (is_range(c->request().opcode) ? ioas : id))
             c->result = -ECANCELED;
     }
     ioases_[ioas] = {};
@@ -138,70 +149,51 @@ void Commands::remove_hwpt(std::uint32_t id)
 
 // ---- checks ------------------------------------------------------------------------------------------------------------
 
-int Commands::start(const dr_command &request)
+int Commands::start(CommandRecord &record)
 {
-    if (request.reserved0 != 0 || request.reserved1 != 0)
+    if (!well_formed(record.request))
         return -EINVAL;
-    switch (request.opcode) {
+    switch (record.request.opcode) {
     case DR_OP_MAP:
-        return start_map(request);
+        return start_map(record);
     case DR_OP_UNMAP:
-        return start_unmap(request);
-    case DR_OP_SYNC:
-    case DR_OP_ENABLE:
-    case DR_OP_DISABLE:
-        return start_on_hwpt(request);
+        return start_unmap(record);
     default:
-        return -EINVAL;
+        return start_on_hwpt(record);
     }
 }
 
 // Has it to wait for one of the first `waiting` that were taken?
 bool Commands::meets_one_waiting(const dr_command &request, std::size_t waiting) const
 {
-    return std::any_of(taken_.begin(), taken_.begin() + static_cast<std::ptrdiff_t>(waiting), [&](const dr_command &w) {
-        if (w.object != request.object || is_range(w.opcode) != is_range(request.opcode))
-            return false;
-        if (!is_range(request.opcode))
-            return w.opcode != DR_OP_SYNC || request.opcode != DR_OP_SYNC;
-        return overlap(request.iova, end_of(request), w.iova, end_of(w));
-    });
+    return std::any_of(taken_.begin(), taken_.begin() + static_cast<std::ptrdiff_t>(waiting),
+                       [&](const auto *w) { return meet(request, end_of(request), w->request, end_of(w->request)); });
 }
 
 bool Commands::meets_one_in_flight(const dr_command &request, std::uint64_t end) const
 {
     return in_flight_ > 0 && std::any_of(slots_.begin(), slots_.end(), [&](const auto &c) {
-               return c->in_flight && c->request.object == request.object && is_range(c->request.opcode) &&
-                      overlap(request.iova, end, c->request.iova, c->end);
+               return c->in_flight && meet(request, end, c->request(), c->end);
            });
 }
 
-namespace {
-
-// The hwpt of an ioas; nullptr: it has none.
-template <class Map> auto *route_of(Map &hwpts, std::uint32_t ioas)
+HwptRoute *Commands::route_of(std::uint32_t ioas)
 {
-    const auto it = std::find_if(hwpts.begin(), hwpts.end(), [&](const auto &h) { return h.second.ioas == ioas; });
-    return it == hwpts.end() ? nullptr : &it->second;
+    const auto it = std::find_if(hwpts_.begin(), hwpts_.end(), [&](const auto &h) { return h.second.ioas == ioas; });
+    return it == hwpts_.end() ? nullptr : &it->second;
 }
 
-} // namespace
-
-int Commands::start_map(const dr_command &request)
+int Commands::start_map(CommandRecord &record)
 {
-    constexpr std::uint32_t known = DR_MAP_READ | DR_MAP_WRITE | DR_MAP_IDEMPOTENT;
-    const iommu::Rights rights{(request.flags & DR_MAP_READ) != 0, (request.flags & DR_MAP_WRITE) != 0};
-    if ((request.flags & ~known) != 0 || (!rights.read && !rights.write) || !aligned(request.iova) ||
-        !aligned(request.oa) || !aligned(request.length) || request.length == 0 || request.cookie != 0)
-        return -EINVAL;
+    const dr_command &request = record.request;
     const auto ioas = ioases_.find(request.object);
     if (ioas == ioases_.end())
         return -ENOENT;
-    const HwptRoute *route = route_of(hwpts_, request.object);
+    const HwptRoute *route = route_of(request.object);
     if (route == nullptr)
         return -ENOSPC;
-    const std::uint64_t aperture = 1ull << route->aperture_lg2;
-    if (request.iova >= aperture || request.length > aperture - request.iova)
+    const std::uint64_t end = end_within(request, route->aperture_lg2);
+    if (end == 0)
         return -ERANGE;
     std::uint64_t backed = request.oa;
     for (const Memory &m : memory_) {
@@ -210,118 +202,87 @@ int Commands::start_map(const dr_command &request)
     }
     if (backed - request.oa < request.length)
         return -EFAULT;
-    const std::uint64_t end = request.iova + request.length;
     if (meets_one_in_flight(request, end))
         return -EINPROGRESS;
     iommu::ExtentMap &extents = ioas->second;
+    const iommu::Rights rights = rights_of(request);
     if (extents.first_in(request.iova, end)) {
         if ((request.flags & DR_MAP_IDEMPOTENT) == 0 || !extents.maps_to(request.iova, end, request.oa, rights))
             return -EEXIST;
-        complete(request, 0, 0, 0);
+        complete(record, 0, 0, 0);
         return 0;
     }
     extents.insert({request.iova, end, request.oa, rights});
-
-    Command &command = begin(request);
-    command.end = end;
-    add_range_parts(command, ShardOp::Kind::map, *route);
-    for (Part &part : command.parts) {
-        part.oa = request.oa + (part.start - request.iova);
-        part.rights = rights;
-    }
-    send_all(command);
+    send_map(begin(record, end, 0), *route);
     return 0;
 }
 
-int Commands::start_unmap(const dr_command &request)
+int Commands::start_unmap(CommandRecord &record)
 {
-    constexpr std::uint32_t known = DR_UNMAP_EMPTY_OK | DR_UNMAP_DEFERRED | DR_UNMAP_DISCARD;
-    constexpr std::uint32_t both = DR_UNMAP_DEFERRED | DR_UNMAP_DISCARD;
-    const bool rest = request.length == UINT64_MAX;
-    if ((request.flags & ~known) != 0 || (request.flags & both) == both || !aligned(request.iova) ||
-        (!rest && !aligned(request.length)) || request.length == 0 || request.oa != 0 || request.cookie != 0)
-        return -EINVAL;
+    const dr_command &request = record.request;
     const auto ioas = ioases_.find(request.object);
     if (ioas == ioases_.end())
         return -ENOENT;
-    HwptRoute *route = route_of(hwpts_, request.object);
+    const HwptRoute *route = route_of(request.object);
     const bool empty_ok = (request.flags & DR_UNMAP_EMPTY_OK) != 0;
     if (route == nullptr)
-        return empty_ok ? (complete(request, 0, request.length, 0), 0) : -ENOENT;
-    const std::uint64_t aperture = 1ull << route->aperture_lg2;
-    if (request.iova >= aperture || (!rest && request.length > aperture - request.iova))
+        return empty_ok ? (complete(record, 0, request.length, 0), 0) : -ENOENT;
+    const std::uint64_t end = end_within(request, route->aperture_lg2);
+    if (end == 0)
         return -ERANGE;
-    const std::uint64_t end = rest ? aperture : request.iova + request.length;
     if (meets_one_in_flight(request, end))
         return -EINPROGRESS;
     const iommu::ExtentMap &extents = ioas->second;
     if (extents.spans(request.iova) || extents.spans(end))
         return -ENOENT;
     if (!extents.first_in(request.iova, end))
-        return empty_ok ? (complete(request, 0, end - request.iova, 0), 0) : -ENOENT;
-
-    Command &command = begin(request);
-    command.end = end;
-    command.reached = request.iova;
-    if (route->enabled && route->epochs)
-        command.epoch = ++route->epoch & payload_mask;
-    add_range_parts(command, ShardOp::Kind::unmap, *route);
-    std::erase_if(command.parts, [&](const Part &part) { return !extents.first_in(part.start, part.end); });
-    for (Part &part : command.parts) {
-        part.epoch = command.epoch;
-        part.harvest = (request.flags & DR_UNMAP_DEFERRED) != 0  ? ShardOp::Harvest::deferred
-                       : (request.flags & DR_UNMAP_DISCARD) != 0 ? ShardOp::Harvest::discard
-                                                                 : ShardOp::Harvest::now;
+        return empty_ok ? (complete(record, 0, end - request.iova, 0), 0) : -ENOENT;
+    std::uint64_t epoch = 0;
+    if (route->record->enabled != 0 && route->epochs) {
+        // Counted before it is used: a death in between skips one, and none is used twice.
+        record_word(route->record->epoch, route->record->epoch + 1);
+        epoch = route->record->epoch & payload_mask;
     }
-    // One after the other, so that what is done is one piece from the start.
-    command.sent = 1;
-    command.parts.front().send();
+    send_unmap(begin(record, end, epoch), *route);
     return 0;
 }
 
-int Commands::start_on_hwpt(const dr_command &request)
+int Commands::start_on_hwpt(CommandRecord &record)
 {
-    if (request.flags != 0 || request.iova != 0 || request.length != 0 || request.oa != 0 ||
-        request.cookie > (request.opcode == DR_OP_SYNC ? payload_mask : 0))
-        return -EINVAL;
+    const dr_command &request = record.request;
     const auto it = hwpts_.find(request.object);
     if (it == hwpts_.end())
         return -ENOENT;
-    HwptRoute &route = it->second;
+    const HwptRoute &route = it->second;
     if (!route.tracks)
         return -EOPNOTSUPP;
-    // Syncs go side by side; a change of tracking goes alone, for it would take away what a sync has yet to find.
-    const bool meets = std::any_of(slots_.begin(), slots_.end(), [&](const auto &c) {
-        return c->in_flight && c->request.object == request.object && !is_range(c->request.opcode) &&
-               (c->request.opcode != DR_OP_SYNC || request.opcode != DR_OP_SYNC);
-    });
-    if (meets)
+    if (meets_one_in_flight(request, 0))
         return -EINPROGRESS;
-    ShardOp::Kind kind = ShardOp::Kind::sync;
-    if (request.opcode != DR_OP_SYNC) {
-        const bool enable = request.opcode == DR_OP_ENABLE;
-        if (route.enabled == enable)
-            return -EALREADY;
-        route.enabled = enable;
-        kind = enable ? ShardOp::Kind::enable : ShardOp::Kind::disable;
-    }
-    Command &command = begin(request);
-    for (const Placed &place : route.shards)
-        add_part(command, kind, place).cookie = request.cookie;
-    send_all(command);
+    if (request.opcode != DR_OP_SYNC && (route.record->enabled != 0) == (request.opcode == DR_OP_ENABLE))
+        return -EALREADY;
+    send_on_hwpt(begin(record, 0, 0), route);
     return 0;
 }
 
 // ---- flight -------------------------------------------------------------------------------------------------------------
 
-Commands::Command &Commands::begin(const dr_command &request)
+Commands::Command &Commands::begin(CommandRecord &record, std::uint64_t end, std::uint64_t epoch)
+{
+    CommandJournal::begin(record, epoch);
+    point(Point::command_begun);
+    return enter(record, end);
+}
+
+Commands::Command &Commands::enter(CommandRecord &record, std::uint64_t end)
 {
     Command &command = *free_.back();
     free_.pop_back();
     ++in_flight_;
-    command.request = request;
+    command.record = &record;
     command.in_flight = true;
-    command.end = command.reached = command.epoch = 0;
+    command.again = false;
+    command.end = end;
+    command.reached = record.request.iova;
     command.sent = command.returned = 0;
     command.result = 0;
     command.rolling_back = false;
@@ -336,19 +297,68 @@ Commands::Part &Commands::add_part(Command &command, ShardOp::Kind kind, const P
     part.command = &command;
     part.place = place;
     part.kind = kind;
+    part.again = command.again;
+    part.note = &command.record->note;
     return part;
 }
 
 void Commands::add_range_parts(Command &command, ShardOp::Kind kind, const HwptRoute &route)
 {
     const std::uint64_t slice = 1ull << route.slice_lg2;
-    for (std::uint64_t at = command.request.iova; at < command.end;) {
+    for (std::uint64_t at = command.request().iova; at < command.end;) {
         const std::uint64_t upto = std::min(command.end, (at / slice + 1) * slice);
         Part &part = add_part(command, kind, route.shards[at >> route.slice_lg2]);
         part.start = at;
         part.end = upto;
         at = upto;
     }
+}
+
+void Commands::send_map(Command &command, const HwptRoute &route)
+{
+    const dr_command &request = command.request();
+    add_range_parts(command, ShardOp::Kind::map, route);
+    for (Part &part : command.parts) {
+        part.oa = request.oa + (part.start - request.iova);
+        part.rights = rights_of(request);
+        part.continues = part.start != request.iova;
+    }
+    send_all(command);
+}
+
+void Commands::send_unmap(Command &command, const HwptRoute &route)
+{
+    const dr_command &request = command.request();
+    add_range_parts(command, ShardOp::Kind::unmap, route);
+    // Where it was at work before a restart nothing may be left, and yet there is a marker to put.
+    if (!command.again) {
+        const iommu::ExtentMap &extents = ioases_.at(request.object);
+        std::erase_if(command.parts, [&](const Part &part) { return !extents.first_in(part.start, part.end); });
+    }
+    for (Part &part : command.parts) {
+        part.epoch = command.record->epoch;
+        part.harvest = (request.flags & DR_UNMAP_DEFERRED) != 0  ? ShardOp::Harvest::deferred
+                       : (request.flags & DR_UNMAP_DISCARD) != 0 ? ShardOp::Harvest::discard
+                                                                 : ShardOp::Harvest::now;
+    }
+    // One after the other, so that what is done is one piece from the start.
+    command.sent = 1;
+    command.parts.front().send();
+}
+
+void Commands::send_on_hwpt(Command &command, const HwptRoute &route)
+{
+    const dr_command &request = command.request();
+    ShardOp::Kind kind = ShardOp::Kind::sync;
+    if (request.opcode != DR_OP_SYNC) {
+        const bool enable = request.opcode == DR_OP_ENABLE;
+        kind = enable ? ShardOp::Kind::enable : ShardOp::Kind::disable;
+        // After it has begun: a restart that found it set and the command not begun would refuse with EALREADY.
+        record_word(route.record->enabled, enable ? 1 : 0);
+    }
+    for (const Placed &place : route.shards)
+        add_part(command, kind, place).cookie = request.cookie;
+    send_all(command);
 }
 
 void Commands::Part::send()
@@ -393,7 +403,7 @@ void Commands::part_done(Part &part)
     ++command.returned;
     if (command.result == 0)
         command.result = part.result;
-    if (command.request.opcode == DR_OP_UNMAP) {
+    if (command.request().opcode == DR_OP_UNMAP) {
         command.reached = part.result == 0 ? part.end : part.reached;
         if (command.result == 0 && command.sent < command.parts.size())
             return command.parts[command.sent++].send();
@@ -402,7 +412,7 @@ void Commands::part_done(Part &part)
     }
     if (command.returned < command.sent)
         return;
-    if (command.request.opcode == DR_OP_MAP && command.result != 0)
+    if (command.request().opcode == DR_OP_MAP && command.result != 0)
         return roll_back(command);
     finish(command);
 }
@@ -410,10 +420,12 @@ void Commands::part_done(Part &part)
 // A map is whole or not at all: takes out the parts that did succeed. What devices wrote meanwhile is reported.
 void Commands::roll_back(Command &command)
 {
-    std::erase_if(command.parts, [](const Part &part) { return part.result != 0; });
+    // Of one that was done before a restart something may be there even so.
+    std::erase_if(command.parts, [](const Part &part) { return part.result != 0 && !part.again; });
     // Given up: the shards go, and with them what they have mapped.
     if (command.rolling_back || command.result == -ECANCELED || command.parts.empty())
         return finish(command);
+    CommandJournal::roll_back(*command.record, command.result);
     command.rolling_back = true;
     for (Part &part : command.parts)
         part.kind = ShardOp::Kind::unmap;
@@ -422,7 +434,8 @@ void Commands::roll_back(Command &command)
 
 void Commands::finish(Command &command)
 {
-    const dr_command &request = command.request;
+    CommandRecord &record = *command.record;
+    const dr_command &request = record.request;
     std::uint64_t done = 0;
     // A destroyed object takes its record along.
     if (const auto ioas = ioases_.find(request.object); ioas != ioases_.end()) {
@@ -437,14 +450,20 @@ void Commands::finish(Command &command)
     --in_flight_;
     look_again_ = true;
     free_.push_back(&command);
-    complete(request, command.result, done, command.epoch);
+    complete(record, command.result, done, record.epoch);
 }
 
-void Commands::complete(const dr_command &request, int result, std::uint64_t done, std::uint64_t epoch)
+void Commands::complete(CommandRecord &record, int result, std::uint64_t done, std::uint64_t epoch)
 {
-    completions_.put(0, {request.user_data, result, 0, done, epoch});
+    const dr_completion completion{record.request.user_data, result, 0, done, epoch};
+    CommandJournal::finish(record, completion, completions_.staged());
+    point(Point::command_done);
+    completions_.put(0, completion);
     completions_.stage(1);
-    if (completions_.publish())
+    const bool wanted = completions_.publish(); // J6
+    point(Point::command_completed);
+    journal_.release(record);
+    if (wanted)
         call_();
 }
 

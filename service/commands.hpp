@@ -5,11 +5,17 @@
 //
 // Commands on overlapping IOVAs, and changes of one hwpt's tracking, take effect in order: a command that meets one before it waits;
 // those behind it go on.
+//
+// How far each command has come is in the journal, so that a worker that takes over after a restart loses none and does none twice:
+//
+//   Commands(config with restarted) → add_memory, add_ioas, add_hwpt, restore_extents, in this order → restored() → adopt
 #pragma once
 
 #include "iommu/extent_map.hpp"
+#include "iommu/slice_record.hpp"
 #include "ring/consumer.hpp"
 #include "ring/producer.hpp"
+#include "service/command_journal.hpp"
 #include "service/inbox.hpp"
 #include "service/shard.hpp"
 #include "service/walker.hpp"
@@ -19,6 +25,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace dirtyring::service {
@@ -37,9 +44,7 @@ struct HwptRoute {
     bool tracks; // dirty tracking was asked for
     bool epochs; // its rings are in IOVA space
     std::vector<Placed> shards;
-
-    bool enabled = false;
-    std::uint64_t epoch = 0; // of the last unmap
+    HwptRecord *record; // outlives the worker
 };
 
 class Commands
@@ -53,6 +58,8 @@ class Commands
         dr_ring_producer *completions; // ours
         dr_ring_consumer *completions_peer;
         std::function<void()> call;
+        std::span<CommandRecord> journal; // `capacity` of them; zeroes, or what a worker before has left
+        bool restarted = false;           // a worker before had these rings: nothing is taken until restored()
     };
 
     explicit Commands(Config config);
@@ -77,6 +84,13 @@ class Commands
     // Sends no more parts to its shards; those in flight come back.
     void remove_hwpt(std::uint32_t id);
 
+    // After a restart, when the ioas has its hwpt and while no shard of it has a walker yet: what the records of its slices say is
+    // mapped. From any thread, as long as nothing else is called.
+    void restore_extents(std::uint32_t ioas, std::span<const iommu::SliceRecord> slices);
+    // After a restart, when all objects are there: goes on with what the worker before has left, and calls the VMM, which may have
+    // missed a call. On the home walker's thread; the shards' walkers have them, or will.
+    void restored();
+
   private:
     struct Command;
 
@@ -93,11 +107,13 @@ class Commands
     };
 
     struct Command {
-        dr_command request{};
+        [[nodiscard]] const dr_command &request() const { return record->request; }
+
+        CommandRecord *record = nullptr;
         bool in_flight = false;
+        bool again = false;    // a restart does it again
         std::uint64_t end = 0; // map, unmap: half-open
         std::uint64_t reached = 0;
-        std::uint64_t epoch = 0;
         std::size_t sent = 0;
         std::size_t returned = 0;
         int result = 0;
@@ -105,29 +121,42 @@ class Commands
         std::vector<Part> parts;
     };
 
+    void take(std::span<const dr_command> fresh);
+
     // A command is refused with a negative errno, waits with -EINPROGRESS, or is started or done with 0.
-    int start(const dr_command &request);
-    int start_map(const dr_command &request);
-    int start_unmap(const dr_command &request);
-    int start_on_hwpt(const dr_command &request);
+    int start(CommandRecord &record);
+    int start_map(CommandRecord &record);
+    int start_unmap(CommandRecord &record);
+    int start_on_hwpt(CommandRecord &record);
+    // Starts what the worker before had begun.
+    void start_again(CommandRecord &record);
+    // The hwpt of an ioas; nullptr: it has none.
+    HwptRoute *route_of(std::uint32_t ioas);
     [[nodiscard]] bool meets_one_waiting(const dr_command &request, std::size_t waiting) const;
     [[nodiscard]] bool meets_one_in_flight(const dr_command &request, std::uint64_t end) const;
 
-    Command &begin(const dr_command &request);
+    // The command is recorded as begun: only now may parts of it be sent.
+    Command &begin(CommandRecord &record, std::uint64_t end, std::uint64_t epoch);
+    Command &enter(CommandRecord &record, std::uint64_t end);
     Part &add_part(Command &command, ShardOp::Kind kind, const Placed &place);
     void add_range_parts(Command &command, ShardOp::Kind kind, const HwptRoute &route);
-    void part_done(Part &part);
+    void send_map(Command &command, const HwptRoute &route);
+    void send_unmap(Command &command, const HwptRoute &route);
+    void send_on_hwpt(Command &command, const HwptRoute &route);
     void send_all(Command &command);
+    void part_done(Part &part);
     void roll_back(Command &command);
     void finish(Command &command);
-    void complete(const dr_command &request, int result, std::uint64_t done, std::uint64_t epoch);
+    void complete(CommandRecord &record, int result, std::uint64_t done, std::uint64_t epoch);
 
     Walker *home_;
+    CommandJournal journal_;
     ring::Consumer<dr_command> submissions_;
     ring::Producer<dr_completion> completions_;
     std::function<void()> call_;
-    std::deque<dr_command> taken_; // copied from the ring, not started
-    bool look_again_ = false;      // something has come or ended since they were tried
+    bool restarting_;
+    std::deque<CommandRecord *> taken_; // not started
+    bool look_again_ = false;           // something has come or ended since they were tried
     std::vector<std::unique_ptr<Command>> slots_;
     std::vector<Command *> free_;
     std::size_t in_flight_ = 0;

@@ -1,11 +1,12 @@
 #include "service/control.hpp"
 
+#include "service/listener.hpp"
+
 #include <spdlog/spdlog.h>
 
 #include <cerrno>
 #include <csignal>
 #include <cstring>
-#include <poll.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <system_error>
@@ -14,32 +15,8 @@ namespace dirtyring::service {
 
 namespace {
 
-// The upper byte of user_data says what completed, the rest for whom.
-enum Kind : std::uint64_t {
-    ignored = 0,
-    accepted = 1,
-    pause_over = 2,
-    signalled = 3,
-    task = 4,
-    received = 5,
-    sent = 6,
-    gone = 7
-};
-
-constexpr std::uint64_t tag(Kind kind, std::uint64_t id = 0)
-{
-    return std::uint64_t{kind} << 56 | id;
-}
-
 constexpr std::size_t connections_max = 512;
 constexpr __kernel_timespec accept_pause{0, 100'000'000}; // after EMFILE
-
-bool is_listening(int fd)
-{
-    int listening = 0;
-    socklen_t size = sizeof listening;
-    return ::getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 && listening != 0;
-}
 
 } // namespace
 
@@ -64,7 +41,20 @@ struct Control::Errand final : Task {
     bool done = false;
 };
 
-Control::Control(std::vector<Walker *> walkers, ring::Fd socket) : walkers_(std::move(walkers))
+// Comes from a walker.
+struct Control::Word final : Task {
+    explicit Word(Then then) : what(std::move(then)) {}
+    void run() override
+    {
+        const std::unique_ptr<Word> self(this);
+        what();
+    }
+
+    Then what;
+};
+
+Control::Control(std::vector<Walker *> walkers, ring::Fd socket, FdStore &store)
+    : walkers_(std::move(walkers)), store_(store), socket_(std::move(socket))
 {
     sigset_t ends;
     sigemptyset(&ends);
@@ -75,19 +65,22 @@ Control::Control(std::vector<Walker *> walkers, ring::Fd socket) : walkers_(std:
         throw std::system_error(errno, std::generic_category(), "signalfd");
     uring_.poll(signals_.get(), tag(signalled));
     uring_.poll(inbox_.fd(), tag(task));
-    if (is_listening(socket.get())) {
-        listener_ = std::move(socket);
-        accept_next();
-    } else {
-        adopt(std::move(socket));
-    }
 }
 
 Control::~Control() = default;
 
-void Control::run()
+void Control::run(const std::function<void()> &ready)
 {
     while (running_) {
+        if (socket_ && taken_up_ == 0) {
+            if (is_listening(socket_.get())) {
+                listener_ = std::move(socket_);
+                accept_next();
+            } else {
+                adopt(std::move(socket_));
+            }
+            ready();
+        }
         if (inbox_.prepare_sleep())
             uring_.submit_and_wait(0, UINT64_MAX);
         inbox_.wake();
@@ -128,6 +121,9 @@ void Control::on_completion(std::uint64_t user_data, int result, unsigned flags)
     case gone:
         if (result >= 0)
             on_process_gone(id);
+        break;
+    case linger_over:
+        on_linger_over(id);
         break;
     default:
         break;
@@ -184,7 +180,7 @@ void Control::close(Connection &c)
     c.fds.add(std::move(c.socket)); // with descriptors, perhaps, in messages that nobody will read
     discard(c.fds);
     if (c.guest)
-        retire(std::move(c.guest));
+        leave(c.guest);
     const bool last = !listener_;
     connections_.erase(c.id);
     if (last)
@@ -330,6 +326,24 @@ void Control::ask(std::vector<Work> works, Then then)
         errand->back = &inbox_;
         walker->post(*errand.release());
     }
+}
+
+void Control::change(const std::shared_ptr<Guest> &guest, std::vector<Work> works, Then then)
+{
+    ++guest->changes;
+    ask(std::move(works), [guest, then = std::move(then)] {
+        then(); // which may go on with another change
+        if (--guest->changes > 0)
+            return;
+        for (const Then &waiting : std::exchange(guest->after_changes, {}))
+            waiting();
+    });
+}
+
+void Control::tell(Then what)
+{
+    auto word = std::make_unique<Word>(std::move(what));
+    inbox_.post(*word.release());
 }
 
 } // namespace dirtyring::service

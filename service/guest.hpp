@@ -1,35 +1,30 @@
 // What one VMM has here. Made and owned by the control thread; walkers hold pointers from adopt to drop.
+//
+// Each part of it is made in the same order: its descriptors go into the store, then its slot of the record becomes valid, then
+// walkers hear of it, then the reply goes out. And leaves in the reverse order: the walkers let it go, the slot is freed, the
+// descriptors leave the store. A service that dies in between leaves descriptors without a slot, which the next one drops.
 #pragma once
 
 #include "ring/control.h"
 #include "ring/region.hpp"
 #include "ring/socket.hpp"
 #include "service/commands.hpp"
-#include "service/shard.hpp"
+#include "service/guest_record.hpp"
+#include "service/holdings.hpp"
+#include "service/hwpt.hpp"
 #include "service/walker.hpp"
-
-#include <tl/expected.hpp>
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
-#include <string>
+#include <optional>
 #include <vector>
 
 namespace dirtyring::service {
 
-// Why a request is not done.
-struct Refusal {
-    int error; // a positive errno
-    std::string sentence;
-};
-
-template <class T> using Result = tl::expected<T, Refusal>;
 using Token = std::array<std::uint8_t, DR_TOKEN_BYTES>;
-
-// An eventfd as peers get it.
-Result<ring::Fd> make_eventfd();
 
 struct MemoryRegion {
     std::uint64_t oa;
@@ -38,60 +33,73 @@ struct MemoryRegion {
     ring::Fd fd; // passed on to devices, never mapped
 };
 
-// One shard with its regions and descriptors.
-struct ShardHome {
-    ring::Region producer;
-    ring::Region consumer;
-    ring::Fd call;     // service → VMM
-    ring::Fd doorbell; // VMM and devices → owner
-    std::unique_ptr<Shard> shard;
-    Walker *owner = nullptr;
-};
-
-struct Hwpt {
-    std::uint32_t ioas;
-    bool tracks;
-    dr_translation_header geometry;
-    ring::Region tables;
-    ring::Region translation;
-    std::vector<ShardHome> shards;
-    unsigned devices = 0;
-
-    // Checks the request and makes all of it; the shards are not adopted yet.
-    static Result<std::unique_ptr<Hwpt>> make(const dr_hwpt_alloc &request, const std::vector<Walker *> &owners);
-};
-
-// A device from its attach until its process is gone or it has detached.
+// A device from its attach until its process is gone, and reported, or it has detached.
 struct Device {
-    std::uint32_t id;
-    std::uint32_t hwpt;
-    int pid;
-    ring::Fd pidfd;
+    DeviceSlot *slot;
+    ring::Fd pidfd; // none: a keeper has dropped it, as the process was gone
     ring::Region cells;
-    iommu::DmaThreads threads; // in cells
+    iommu::DmaThreads threads{}; // in cells
+    Names names;
+    bool leaving = false;
+    std::size_t unreported = 0; // shards, once it is dead
+
+    // `slot` is filled, but not taken yet if the device is new.
+    static Result<std::shared_ptr<Device>> make(std::uint32_t guest, DeviceSlot &slot, ring::Fd pidfd,
+                                                Holdings &holdings);
 };
+
+// A shard that waits for a thread of a device.
+struct Stall {
+    std::uint32_t hwpt;
+    unsigned shard;
+    std::uint32_t device;
+};
+
+// From here on the record is this process's; or it stays another's, which is named (0: one of another pid namespace). The lock is
+// gone as soon as the process closes any descriptor of the file, so there is to be no second one.
+std::optional<int> lock(int memfd);
 
 struct Guest {
-    Token token;
-    Token secret;
+    ring::Region memfd; // of the record
+    GuestRecord *record = nullptr;
+    Names names; // all that belong to no hwpt and no device
     Walker *home;
     ring::Region front_end; // the VMM writes
     ring::Region service;   // we write
     ring::Fd kick;
     ring::Fd call;
+    ring::Fd front_end_process;
     std::unique_ptr<Commands> commands;
-    std::uint32_t command_entries;
 
     std::vector<MemoryRegion> memory;
     std::map<std::uint32_t, bool> ioases; // id; whether it has an hwpt
     std::map<std::uint32_t, std::unique_ptr<Hwpt>> hwpts;
     std::map<std::uint32_t, std::shared_ptr<Device>> devices;
-    std::uint32_t next_id = 1;
 
-    static Result<std::unique_ptr<Guest>> make(std::uint32_t command_entries, Walker &home);
+    std::uint64_t connection = 0; // of the front-end; 0: none
+    std::uint64_t lingering = 0;  // the timer that ends it; 0: none
+    unsigned changes = 0;         // requests that walkers are working on
+    std::vector<std::function<void()>> after_changes;
+    std::vector<Stall> stalls;
 
-    // Checks a region against those there are, and takes the descriptor out of the list if it is good.
-    Result<void> add_memory(const dr_memory_region &request, ring::FdList &fds);
+    // A new one; its record is not valid yet.
+    static Result<std::unique_ptr<Guest>> make(std::uint32_t number, const dr_guest_create &request,
+                                               std::uint32_t sequence, Walker &home, Holdings &holdings);
+    // One that was there before, but for its hwpts and devices.
+    static Result<std::unique_ptr<Guest>> restore(ring::Region memfd, Walker &home, Holdings &holdings);
+
+    [[nodiscard]] std::uint32_t number() const { return record->number; }
+    [[nodiscard]] Token token() const { return std::to_array(record->token); }
+    [[nodiscard]] std::uint64_t stall_ns() const;
+    // With those of its hwpts and devices.
+    [[nodiscard]] Names all_names() const;
+    [[nodiscard]] dr_guest_status &status() const { return *service.map.as<dr_guest_status>(DR_GUEST_STATUS_OFFSET); }
+
+    // Checks a region against those there are, keeps a descriptor of its memory, and takes a slot.
+    Result<void> add_memory(const dr_memory_region &request, std::uint32_t sequence, int fd, Holdings &holdings);
+
+  private:
+    Result<void> assemble(Holdings &holdings);
 };
 
 } // namespace dirtyring::service

@@ -33,6 +33,7 @@ template <iommu::Format F> class LeafTaker
             collect(reached, end, ring, taken.full);
             if (ring != nullptr)
                 ring->stage();
+            point(Point::unmap_staged);
             budget -= std::min(budget, std::max(1u, static_cast<unsigned>(found_.size())));
             swap_out(reached, ring, taken);
         }
@@ -99,7 +100,6 @@ template <iommu::Format F> class LeafTaker
                 entry.exchange(0, std::memory_order_seq_cst);
             }
             invalidation_.touch(f.leaf.iova, f.leaf.length);
-            slice_.unmapped(f.leaf);
             taken.any = true;
             reached = f.leaf.iova + f.leaf.length;
         }

@@ -3,6 +3,7 @@
 #include "ring/control.h"
 
 #include <fmt/format.h>
+#include <spdlog/spdlog.h>
 
 #include <cerrno>
 #include <cstring>
@@ -55,7 +56,32 @@ There who_is_there(const sockaddr_un &address)
     return There::somebody;
 }
 
+std::string bound_path(int fd)
+{
+    sockaddr_un address{};
+    socklen_t size = sizeof address;
+    ::getsockname(fd, reinterpret_cast<sockaddr *>(&address), &size);
+    return {address.sun_path, ::strnlen(address.sun_path, sizeof address.sun_path)};
+}
+
 } // namespace
+
+bool is_listening(int fd)
+{
+    int listening = 0;
+    socklen_t size = sizeof listening;
+    return ::getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 && listening != 0;
+}
+
+Listener::Listener(ring::Fd fd, std::string path) : fd_(std::move(fd)), path_(std::move(path))
+{
+    struct stat there {
+    };
+    if (!path_.empty() && ::lstat(path_.c_str(), &there) == 0) {
+        device_ = there.st_dev;
+        inode_ = there.st_ino;
+    }
+}
 
 tl::expected<Listener, std::string> Listener::open(const std::string &path)
 {
@@ -86,9 +112,9 @@ tl::expected<Listener, std::string> Listener::open(const std::string &path)
         if (::unlink(path.c_str()) != 0)
             return failed(path, fmt::format("the socket left over there cannot be removed: {}", std::strerror(errno)));
     }
-    if (::bind(fd.get(), at, sizeof address) != 0 || ::listen(fd.get(), 64) != 0 || ::lstat(path.c_str(), &there) != 0)
+    if (::bind(fd.get(), at, sizeof address) != 0 || ::listen(fd.get(), 64) != 0)
         return failed(path, std::strerror(errno));
-    return Listener(std::move(fd), path, there.st_dev, there.st_ino);
+    return Listener(std::move(fd), path);
 }
 
 tl::expected<Listener, std::string> Listener::inherit(int fd)
@@ -97,10 +123,42 @@ tl::expected<Listener, std::string> Listener::inherit(int fd)
     socklen_t size = sizeof type;
     if (::getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) != 0 || type != SOCK_STREAM)
         return tl::unexpected(fmt::format("--fd {} is not a stream socket", fd));
-    return Listener(ring::Fd(fd), {}, 0, 0);
+    return Listener(ring::Fd(fd), {});
 }
 
-void Listener::remove()
+std::optional<Listener> Listener::handed_over(FdStore &store, const std::string &path)
+{
+    if (is_listening(store.get(kept_name))) {
+        ring::Fd fd = store.take(kept_name);
+        const bool ours = bound_path(fd.get()) == path;
+        Listener self(std::move(fd), ours ? path : std::string());
+        self.kept_ = true;
+        return self;
+    }
+    for (const std::string &name : store.names()) {
+        if (is_listening(store.get(name)))
+            return Listener(store.take(name), {});
+    }
+    return std::nullopt;
+}
+
+void Listener::keep(FdStore &store)
+{
+    if (kept_ || path_.empty() || !store.kept())
+        return;
+    if (const int error = store.put(kept_name, fd_.get()); error == 0)
+        kept_ = true;
+    else
+        spdlog::warn("the listening socket is not kept for a successor: {}", std::strerror(-error));
+}
+
+void Listener::remove(FdStore &store)
+{
+    store.remove(kept_name); // first: nobody is to inherit a socket that cannot be found
+    remove_file();
+}
+
+void Listener::remove_file()
 {
     struct stat there {
     };

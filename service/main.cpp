@@ -1,7 +1,9 @@
 #include "service/control.hpp"
+#include "service/fd_store.hpp"
 #include "service/lcores.hpp"
 #include "service/listener.hpp"
 #include "service/options.hpp"
+#include "service/supervisor.hpp"
 
 #include <fmt/format.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
@@ -12,7 +14,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <string>
+#include <sys/prctl.h>
 #include <sys/resource.h>
+#include <vector>
 
 namespace {
 
@@ -36,7 +41,7 @@ void set_up_signals()
     std::signal(SIGPIPE, SIG_IGN); // nobody may be reading the log
 }
 
-// Each guest costs some ten descriptors and each device more.
+// Each guest costs some ten descriptors and each device more. A worker has its supervisor's limit.
 void raise_descriptor_limit()
 {
     rlimit limit{};
@@ -46,12 +51,28 @@ void raise_descriptor_limit()
     }
 }
 
+// A supervisor starts the file that it is itself, whatever has become of its path.
+int supervise_self(int argc, char **argv, int fd)
+{
+    std::vector<std::string> words(argv, argv + argc);
+    std::erase(words, "--supervise");
+    return supervise("/proc/self/exe", std::move(words), dirtyring::ring::Fd(fd));
+}
+
+tl::expected<Listener, std::string> listen(FdStore &store, const Options &options)
+{
+    if (auto listener = Listener::handed_over(store, options.socket_path))
+        return std::move(*listener);
+    return options.fd >= 0 ? Listener::inherit(options.fd) : Listener::open(options.socket_path);
+}
+
 // Returns only when it cannot start.
 int run(const Options &options)
 {
+    ::prctl(PR_SET_NAME, "dirtyringd"); // not "exe"
     set_up_signals();
-    raise_descriptor_limit();
-    auto listener = options.fd >= 0 ? Listener::inherit(options.fd) : Listener::open(options.socket_path);
+    FdStore store = FdStore::inherit();
+    auto listener = listen(store, options);
     if (!listener) {
         fmt::print(stderr, "dirtyringd: {}\n", listener.error());
         return 1;
@@ -61,13 +82,19 @@ int run(const Options &options)
         fmt::print(stderr, "dirtyringd: {}\n", lcores.error());
         return 1;
     }
-    Control control((*lcores)->walkers(), listener->take());
-    spdlog::info("ready, {} walker{}", options.walkers, options.walkers == 1 ? "" : "s");
-    ::sd_notify(0, "READY=1");
-    control.run();
+    listener->keep(store);
+    Control control((*lcores)->walkers(), listener->take(), store);
+    if (auto ok = control.restore(); !ok) {
+        fmt::print(stderr, "dirtyringd: {}\n", ok.error());
+        return 1;
+    }
+    control.run([&options] {
+        spdlog::info("ready, {} walker{}", options.walkers, options.walkers == 1 ? "" : "s");
+        ::sd_notify(0, "READY=1");
+    });
     ::sd_notify(0, "STOPPING=1");
     (*lcores)->stop();
-    listener->remove();
+    listener->remove(store);
     // Closing a descriptor that a peer has sent may wait for that peer; the end of the process does not.
     spdlog::shutdown();
     std::_Exit(0);
@@ -82,8 +109,9 @@ int main(int argc, char **argv)
         return *code;
     const auto &options = std::get<Options>(parsed);
     set_up_logging(options.log_level);
+    raise_descriptor_limit();
     try {
-        return run(options);
+        return options.supervise ? supervise_self(argc, argv, options.fd) : run(options);
     } catch (const std::exception &e) {
         fmt::print(stderr, "dirtyringd: {}\n", e.what());
         return 1;

@@ -18,6 +18,9 @@ class OpQueue
   public:
     explicit OpQueue(dr_shard_control &control) : closing_(control) {}
 
+    // An owner before has died with ranges closed.
+    void restore() { closing_.open_all(); }
+
     // ---- devices
 
     void add(const iommu::DmaThreads &threads)

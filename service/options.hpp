@@ -6,9 +6,12 @@
 
 namespace dirtyring::service {
 
+constexpr int usage_error = 2; // exit code
+
 struct Options {
-    std::string socket_path; // empty: use fd
+    std::string socket_path; // empty: use fd, or a socket that was handed over
     int fd = -1;
+    bool supervise = false;
     unsigned walkers = 1;
     std::string log_level = "info";
 };

@@ -47,7 +47,7 @@ template <iommu::Format F> class Pass
                 lines_ = whole_tables_ ? slice.existing_lines(table_) : taken;
                 continue;
             }
-            if (!running_ || next_ >= slice.bit_words()) {
+            if (!running_ || (next_ = slice.next_word(next_)) >= slice.bit_words()) {
                 running_ = false;
                 full_ = false;
                 return std::nullopt;

@@ -88,11 +88,15 @@ class Publisher
     {
         if (!unpublished())
             return false;
-        if (ring_.publish() && !fault(Fault::arm_without_look)) {
-            ++counters_.calls;
-            call_();
-        }
+        if (ring_.publish() && !fault(Fault::arm_without_look))
+            call();
         return true;
+    }
+
+    void call()
+    {
+        ++counters_.calls;
+        call_();
     }
 
   private:

@@ -40,12 +40,16 @@ template <iommu::Format F> class ShardOf final : public Shard
 {
   public:
     explicit ShardOf(ShardConfig config)
-        : slice_(config.geometry, config.index, config.tables, config.leaf_lg2_max, std::move(config.make_present)),
+        : slice_(config.geometry, config.index, config.tables, config.leaf_lg2_max, std::move(config.backing),
+                 std::move(config.record)),
           invalidation_(config.generations), taker_(slice_, invalidation_), control_(config.control),
-          min_interval_ns_(config.min_interval_ns), ops_(*config.control)
+          noted_(1ull << config.index), min_interval_ns_(config.min_interval_ns), stall_ns_(config.stall_ns),
+          stalled_(std::move(config.stalled)), ops_(*config.control)
     {
         if (config.producer != nullptr)
             ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
+        if (config.restored)
+            restore();
     }
 
     bool step(std::uint64_t now_ns) override
@@ -55,6 +59,8 @@ template <iommu::Format F> class ShardOf final : public Shard
             return settle();
         if (cancelled_)
             return false;
+        if (restored_)
+            return begin_again();
         const bool worked = visit();
         if (invalidation_.running())
             settle();
@@ -66,6 +72,9 @@ template <iommu::Format F> class ShardOf final : public Shard
         op.reached = op.start;
         if (cancelled_)
             complete(op, -ECANCELED);
+        else if (op.kind == ShardOp::Kind::sync && op.again && (*op.note & noted_) != 0 &&
+                 !fault(Fault::sync_marks_again))
+            syncs_.push_back({&op, 0, 0, SyncPhase::marked, {slice_.start(), slice_.end(), true}});
         else if (op.kind == ShardOp::Kind::sync)
             syncs_.push_back(
                 {&op, ops_.accepted(), ops_.unfinished(), SyncPhase::pins, {slice_.start(), slice_.end(), true}});
@@ -77,6 +86,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         cancelled_ = true;
         after_ = {};
+        forget_owed();
         if (finishing_ != nullptr)
             complete(*std::exchange(finishing_, nullptr), -ECANCELED);
         ops_.clear([](ShardOp &op) { complete(op, -ECANCELED); });
@@ -99,7 +109,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             rest.until_ns = now_ + recheck_ns;
             return rest;
         }
-        rest.busy = op_can_go();
+        rest.busy = restored_ || op_can_go();
         if (!rest.busy && waits_for_pins()) {
             fall_asleep(DR_ASLEEP_PINS);                                                 // P3
             rest.busy = !fault(Fault::no_second_look) && (op_can_go() || sync_can_go()); // P3: look again
@@ -155,21 +165,23 @@ template <iommu::Format F> class ShardOf final : public Shard
             s.pins.forget(index, threads);
     }
 
-    void bury(const iommu::DmaThreads &threads) override
+    void bury(const iommu::DmaThreads &threads, std::function<void()> reported) override
     {
         remove(threads);
-        if (!tracking_)
-            return;
-        if (!fault(Fault::death_ignores_pins))
+        if (tracking_ && !fault(Fault::death_ignores_pins))
             owed_.add(threads, slice_.start(), slice_.end());
-        if (!fault(Fault::no_full_scan_on_death))
+        if (tracking_ && !fault(Fault::no_full_scan_on_death))
             pass_.begin(true);
+        reported_.push_back(std::move(reported));
+        if (owed_.empty())
+            forget_owed();
     }
 
     ShardCounters counters() const override { return ring_ ? ring_->counters() : ShardCounters{}; }
 
   private:
-    enum class SyncPhase { pins, pass, marker };
+    // marked: a restart does it again, but its marker is there. Its VMM may have read it, and read no more until this is done.
+    enum class SyncPhase { pins, pass, marker, marked };
     struct Sync {
         ShardOp *op;
         std::uint64_t number; // of the next operation: it covers those before
@@ -184,14 +196,18 @@ template <iommu::Format F> class ShardOf final : public Shard
     // What the end of the running grace period brings.
     struct After {
         bool publish = false;
+        bool call = false;                // the consumer, whatever it asked for
         std::optional<SyncPhase> phase{}; // of the sync in front
     };
 
     bool visit()
     {
         if (!ops_.in_progress() && !owed_.empty()) {
-            if (owed_.mark(slice_, visit_leaves))
+            if (owed_.mark(slice_, visit_leaves)) {
+                point(Point::death_marked);
                 pass_.begin(true);
+                forget_owed();
+            }
             return true;
         }
         const bool sync = sync_can_go();
@@ -224,11 +240,50 @@ template <iommu::Format F> class ShardOf final : public Shard
         point(Point::walker_before_sleep);
     }
 
+    // What dead devices had pinned is dirty now, or nobody asks for it any more.
+    void forget_owed()
+    {
+        owed_.clear();
+        for (const auto &reported : std::exchange(reported_, {}))
+            reported();
+    }
+
+    // ---- restart -------------------------------------------------------------------------------------------------
+    //
+    // The owner before died between any two of its steps. It may have cleared D and not advanced, staged and not published, taken bits
+    // out of the summary, taken leaves out of an unmap, slept. So: advance everything → grace → publish what is staged → call; and
+    // a full scan, before any sync is answered. What it had begun of maps and unmaps comes again as operations.
+
+    void restore()
+    {
+        restored_ = true;
+        tracking_ = std::atomic_ref(control_->tracking).load(std::memory_order_relaxed) != 0; // nobody else writes it
+        std::atomic_ref(control_->asleep).store(DR_AWAKE, std::memory_order_seq_cst);
+        if (fault(Fault::restart_opens_early))
+            ops_.restore();
+        if (ring_)
+            ring_->want_kick(false);
+        if (tracking_ && !fault(Fault::restart_without_scan))
+            pass_.begin(true);
+    }
+
+    bool begin_again()
+    {
+        restored_ = false;
+        if (!fault(Fault::restart_without_advance))
+            touch_known();
+        invalidate({.publish = true, .call = true});
+        ops_.restore(); // not before: a device could pin by a translation that is taken out already
+        point(Point::restart_advanced);
+        return true;
+    }
+
     // ---- grace ---------------------------------------------------------------------------------------------------
 
     void invalidate(After after)
     {
         after_ = after;
+        waiting_since_ = now_;
         invalidation_.begin([this] {
             if (fault(Fault::publish_before_advance))
                 publish();
@@ -237,13 +292,25 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     bool settle()
     {
-        if (!invalidation_.passed())
+        if (!invalidation_.passed()) {
+            if (now_ - waiting_since_ >= stall_ns_ && !std::exchange(told_, true))
+                stalled_(invalidation_.waits_for());
             return false;
+        }
         invalidation_.end();
+        if (std::exchange(told_, false))
+            stalled_(nullptr);
         slice_.reuse_retired();
         const After after = std::exchange(after_, {});
-        if (after.publish)
+        if (after.publish) {
+            point(Point::sweep_before_publish);
             publish();
+            point(Point::sweep_published);
+        }
+        if (after.call && ring_ && !fault(Fault::restart_without_call)) {
+            ring_->call();
+            point(Point::restart_published);
+        }
         if (after.phase)
             enter_phase(*after.phase);
         if (finishing_ != nullptr)
@@ -256,9 +323,9 @@ template <iommu::Format F> class ShardOf final : public Shard
         slice_.for_each_retired([&](std::uint64_t iova, std::uint64_t length) { invalidation_.touch(iova, length); });
     }
 
-    void touch_mapped()
+    void touch_known()
     {
-        slice_.extents().for_each([&](const Extent &e) { invalidation_.touch(e.start, e.end - e.start); });
+        slice_.for_each_known([&](const Extent &e) { invalidation_.touch(e.start, e.end - e.start); });
     }
 
     // Everything staged has had its grace period.
@@ -327,10 +394,16 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (taken_.empty())
             return (full && publish()) || budget == 0; // a consumer cannot make room of what it does not see
         pass_found_ = true;
-        ring_->stage();
+        if (!fault(Fault::clear_before_stage))
+            ring_->stage();
+        point(Point::sweep_staged);
         for (const Taken &t : taken_)
             slice_.clean(t.line, t.mask);
+        point(Point::sweep_cleared);
+        if (fault(Fault::clear_before_stage))
+            ring_->stage();
         invalidate({.publish = true});
+        point(Point::sweep_advanced);
         return true;
     }
 
@@ -366,6 +439,7 @@ template <iommu::Format F> class ShardOf final : public Shard
                 enter_phase(SyncPhase::pass);
             } else {
                 invalidation_.begin_grace();
+                waiting_since_ = now_;
                 after_ = {.phase = SyncPhase::pass};
             }
             return true;
@@ -381,7 +455,12 @@ template <iommu::Format F> class ShardOf final : public Shard
             if (ring_->room() == 0)
                 return publish();
             ring_->put_marker(DR_MARKER_SYNC, sync.op->cookie);
+            std::atomic_ref(*sync.op->note)
+                .fetch_or(noted_, std::memory_order_release); // other shards have bits of their own
+            point(Point::sync_marked);
             publish();
+            [[fallthrough]];
+        case SyncPhase::marked:
             ShardOp &op = *sync.op;
             syncs_.pop_front();
             complete(op, 0);
@@ -395,7 +474,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     bool run(ShardOp &op)
     {
         if (ops_.begin())
-            took_out_ = false;
+            took_out_ = op.again;
         switch (op.kind) {
         case ShardOp::Kind::map:
             run_map(op);
@@ -439,18 +518,23 @@ template <iommu::Format F> class ShardOf final : public Shard
     void run_map(ShardOp &op)
     {
         if (op.reached == op.start) {
+            if (op.again && slice_.extents().maps_to(op.start, op.end, op.oa, op.rights))
+                return finish(op, 0);
             const int error = slice_.reserve(op.start, op.end, op.oa);
             if (error == -EAGAIN)
                 return;
             if (error != 0)
                 return finish(op, error);
-            slice_.record({op.start, op.end, op.oa, op.rights});
+            slice_.record({op.start, op.end, op.oa, op.rights}, op.continues);
             extents_changed();
         }
         for (unsigned budget = visit_leaves; budget > 0 && op.reached < op.end; --budget)
             op.reached += slice_.map_leaf(op.reached, op.end, op.oa + (op.reached - op.start), op.rights);
         if (op.reached < op.end)
             return;
+        slice_.recorded(op.start);
+        if (op.again && tracking_ && !fault(Fault::resumed_map_not_scanned))
+            pass_.begin(true); // leaves that were there may be dirty, and no sweep took them for mapped until now
         if (slice_.has_retired()) {
             touch_retired();
             invalidate({});
@@ -460,8 +544,18 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     void run_unmap(ShardOp &op)
     {
-        const bool report = ring_ && tracking_ && op.harvest != ShardOp::Harvest::discard;
         const bool mark = ring_ && !ring_->oa_space() && op.epoch != 0;
+        // Before a restart it may have come to its end, for want of room perhaps: then its marker may be there, and nothing more that
+        // it takes out may come behind.
+        const bool cut = mark && op.again && op.start < *op.note && *op.note < op.end;
+        const std::uint64_t end = cut ? *op.note : op.end;
+        const int result = cut ? -EAGAIN : 0;
+        if (op.again && !slice_.extents().first_in(op.reached, end)) {
+            op.reached = end;
+            return finish(op, result); // what was taken out is forgotten after the marker
+        }
+        slice_.part(op.start);
+        const bool report = ring_ && tracking_ && op.harvest != ShardOp::Harvest::discard;
         if (fault(Fault::unmap_waits_for_room) && ring_ && ring_->slots_for_runs() == 0)
             return;
         if (mark && op.reached == op.start && ring_->room() <= markers_kept) {
@@ -470,25 +564,35 @@ template <iommu::Format F> class ShardOf final : public Shard
         }
 
         const std::uint64_t from = op.reached;
-        const auto taken = taker_.take(op.reached, op.end, report ? &*ring_ : nullptr, visit_leaves);
+        const auto taken = taker_.take(op.reached, end, report ? &*ring_ : nullptr, visit_leaves);
+        point(Point::unmap_taken_out);
         took_out_ |= taken.any;
-        slice_.forget(from, op.reached);
-        extents_changed();
+        if (!taken.full && !slice_.extents().first_in(op.reached, end))
+            op.reached = end;
+        const bool over = taken.full || op.reached == end;
         slice_.reclaim(op.start, op.reached);
         touch_retired();
-        const bool over = taken.full || op.reached == op.end;
-        if (over && mark && took_out_)
+        if (taken.full && mark && op.reached > op.start && !fault(Fault::cut_not_noted))
+            std::atomic_ref(*op.note).store(op.reached, std::memory_order_release);
+        if (over && mark && took_out_ && op.reached > op.start) {
             ring_->put_marker(DR_MARKER_EPOCH, op.epoch);
+            point(Point::unmap_marked);
+        }
         if (!fault(Fault::unmap_without_grace))
             invalidate({.publish = op.harvest == ShardOp::Harvest::now || taken.full});
+        point(Point::unmap_advanced);
+        slice_.forget(from, op.reached);
+        extents_changed();
         if (over)
-            finish(op, taken.full ? -EAGAIN : 0);
+            finish(op, taken.full ? -EAGAIN : result);
     }
 
     // Clean, then arm, then make everybody walk again. While tracking is off nobody sets D, so what is cleaned stays clean; a
     // leaf left dirty would never be summarized again.
     void run_enable(ShardOp &op)
     {
+        if (tracking_) // a restart: it was armed, so what is dirty now is to be reported
+            return arm(op);
         if (!cleaning_) {
             cleaning_ = true;
             pass_.begin(true);
@@ -499,12 +603,19 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (pass_.running())
             return;
         cleaning_ = false;
-        set_tracking(true);
+        point(Point::enable_cleaned);
         pass_found_ = false;
         swept_ = now_;
+        arm(op);
+    }
+
+    void arm(ShardOp &op)
+    {
+        set_tracking(true);
+        point(Point::enable_armed);
         if (fault(Fault::enable_without_advance))
             return finish(op, 0);
-        touch_mapped();
+        touch_known();
         invalidate({});
         finish(op, 0);
     }
@@ -513,8 +624,8 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         set_tracking(false);
         pass_.abandon();
-        owed_.clear();
-        touch_mapped();
+        forget_owed();
+        touch_known();
         invalidate({.publish = true});
         finish(op, 0);
     }
@@ -532,7 +643,13 @@ template <iommu::Format F> class ShardOf final : public Shard
     After after_;
     std::optional<Publisher> ring_; // with dirty tracking only
     dr_shard_control *control_;
+    std::uint64_t noted_; // our bit in ShardOp::note of a sync
     std::uint64_t min_interval_ns_;
+    std::uint64_t stall_ns_;
+    std::function<void(const dr_cell *)> stalled_;
+    bool told_ = false;               // that a grace period stalls
+    std::uint64_t waiting_since_ = 0; // ns, the grace period
+    bool restored_ = false;           // and has not begun again
     bool tracking_ = false;
     bool cancelled_ = false;
 
@@ -543,6 +660,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     std::vector<Taken> taken_;     // lines of the batch being made
 
     OwedPins<F> owed_;
+    std::vector<std::function<void()>> reported_; // to be told when nothing is owed
 
     OpQueue ops_;
     std::deque<Sync> syncs_;

@@ -8,8 +8,10 @@
 // At most one batch waits for its grace period. What waits for pins waits aside; everything else goes on. A shard is a template over the format and the interface below hides which.
 #pragma once
 
+#include "iommu/backing.hpp"
 #include "iommu/geometry.hpp"
 #include "iommu/pins.hpp"
+#include "iommu/slice_record.hpp"
 #include "ring/layout.h"
 
 #include <cstdint>
@@ -34,6 +36,11 @@ struct ShardOp {
     std::uint64_t oa = 0;     // map
     std::uint64_t cookie = 0; // sync
     std::uint64_t epoch = 0;  // unmap: for the marker, which is put if anything was taken out; 0: none
+    bool continues = false;   // map: it goes on from the slice before
+    bool again = false;       // a restart does it again: some of it may have been done
+    // Outlives the service. unmap: it ended at this IOVA for want of room, and its marker says so (0: it did not). sync: a bit for each
+    // shard whose marker is staged.
+    std::uint64_t *note = nullptr;
 
     int result = 0;            // 0 or -errno
     std::uint64_t reached = 0; // unmap: everything below is unmapped
@@ -58,7 +65,12 @@ struct ShardConfig {
     dr_ring_producer *producer = nullptr; // with a header; nullptr: no dirty tracking
     dr_ring_consumer *consumer = nullptr;
     std::uint64_t min_interval_ns = 0;
-    std::function<int(std::uint64_t offset, std::uint64_t length)> make_present;
+    iommu::Backing backing;
+    iommu::SliceRecord record; // empty, or what the owner before has left
+    bool restored = false;     // an owner before has died; all that it shared is there
+    std::uint64_t stall_ns = UINT64_MAX;
+    // A grace period has waited for this cell for stall_ns; nullptr: it has passed after all.
+    std::function<void(const dr_cell *)> stalled;
     std::function<void()> call; // the consumer; must not block
 };
 
@@ -88,12 +100,13 @@ class Shard
     virtual Rest prepare_sleep(std::uint64_t now_ns) = 0;
     virtual void wake() = 0;
 
-    // From here on the threads of a device, and their pins, are waited for.
+    // From here on the threads of a device, and their pins, are waited for. A restored shard knows its devices before its first step.
     virtual void add(const iommu::DmaThreads &threads) = 0;
     // The device has left orderly: its threads are outside, hold no pin, and stay so.
     virtual void remove(const iommu::DmaThreads &threads) = 0;
-    // The device is dead, perhaps between D and the summary, perhaps with pins.
-    virtual void bury(const iommu::DmaThreads &threads) = 0;
+    // The device is dead, perhaps between D and the summary, perhaps with pins. reported(): the tables know what its pins covered, so
+    // its cells and slots may go.
+    virtual void bury(const iommu::DmaThreads &threads, std::function<void()> reported) = 0;
 
     [[nodiscard]] virtual ShardCounters counters() const = 0;
 };

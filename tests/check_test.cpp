@@ -135,7 +135,7 @@ TEST(CheckService, NamesTokensThatAreAllTheSame)
 {
     const Meddler meddler([](Message &reply) {
         if (reply.header.request == DR_GUEST_CREATE && !reply.refused())
-            reply.change<dr_guest>([](dr_guest &g) { std::memset(g.secret, 1, sizeof g.secret); });
+            reply.change<dr_guest>([](dr_guest &g) { std::memset(g.token, 1, sizeof g.token); });
         return true;
     });
     const Check &guests = find(check::object_checks(), "guests");
@@ -439,7 +439,8 @@ void dirty_bits_that_stay(Service &s)
     const auto soil = [&s, all](std::uint64_t page) {
         const std::lock_guard lock(s.mutex);
         for (const Tables &tables : *all) {
-            const std::uint64_t first = iommu::first_table(tables.header, 0);
+            const std::uint64_t first =
+                iommu::first_table(tables.header, 0) + iommu::first_number(tables.header.slice_lg2, 0);
             for (std::uint64_t table = first; table < first + 4; ++table) {
                 std::uint64_t &entry =
                     tables.map.as<std::uint64_t>(tables.header.table_pages + table * DR_PAGE)[page % 512];

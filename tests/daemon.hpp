@@ -30,6 +30,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -214,8 +215,9 @@ class Process
 class Daemon
 {
   public:
-    explicit Daemon(const std::vector<std::string> &options = {}, const std::function<void()> &in_child = {})
-        : process_(words(options), in_child)
+    explicit Daemon(const std::vector<std::string> &options = {}, const std::function<void()> &in_child = {},
+                    const char *program = DIRTYRINGD_PATH)
+        : process_(words(program, options), in_child)
     {
         if (!comes_true([this] { return process_.ended() || process_.said().find("ready") != std::string::npos; }) ||
             process_.ended())
@@ -257,9 +259,9 @@ class Daemon
     void expect_no_descriptor_left() const { expect_descriptors(idle_descriptors_); }
 
   private:
-    std::vector<std::string> words(const std::vector<std::string> &options) const
+    std::vector<std::string> words(const char *program, const std::vector<std::string> &options) const
     {
-        std::vector<std::string> all{DIRTYRINGD_PATH, "--socket-path", socket()};
+        std::vector<std::string> all{program, "--socket-path", socket()};
         all.insert(all.end(), options.begin(), options.end());
         return all;
     }
@@ -280,6 +282,23 @@ template <class T> Bytes payload_of(T value)
 {
     value.size = sizeof value;
     return bytes_of(value);
+}
+
+// A new guest, of which nobody else has the secret.
+inline dr_guest_create new_guest(std::uint32_t entries)
+{
+    dr_guest_create request{};
+    request.command_entries = entries;
+    need(static_cast<int>(::getrandom(request.secret, sizeof request.secret, 0)), "getrandom");
+    return request;
+}
+
+// Of a device that no other is.
+inline std::uint64_t new_key()
+{
+    std::uint64_t key = 0;
+    need(static_cast<int>(::getrandom(&key, sizeof key, 0)), "getrandom");
+    return key | 1;
 }
 
 struct Reply {
@@ -313,6 +332,64 @@ inline Fd connected(const std::string &path)
     return fd;
 }
 
+inline Fd listening_on(const std::string &path, int type = SOCK_STREAM)
+{
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    path.copy(address.sun_path, sizeof address.sun_path - 1);
+    Fd fd(need(::socket(AF_UNIX, type | SOCK_CLOEXEC, 0), "socket"));
+    need(::bind(fd.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address), "bind " + path);
+    need(::listen(fd.get(), 8), "listen");
+    return fd;
+}
+
+// Where a supervisor that is played by a test listens.
+class NotifySocket
+{
+  public:
+    explicit NotifySocket(const std::string &path) : path_(path)
+    {
+        sockaddr_un address{};
+        address.sun_family = AF_UNIX;
+        path.copy(address.sun_path, sizeof address.sun_path - 1);
+        fd_ = Fd(need(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"));
+        need(::bind(fd_.get(), reinterpret_cast<sockaddr *>(&address), sizeof address), "bind");
+    }
+    NotifySocket(const NotifySocket &) = delete;
+    NotifySocket &operator=(const NotifySocket &) = delete;
+    ~NotifySocket() { ::unlink(path_.c_str()); }
+
+    [[nodiscard]] std::string next()
+    {
+        pollfd waiting{fd_.get(), POLLIN, 0};
+        if (::poll(&waiting, 1, 10'000) != 1)
+            return "nothing";
+        char text[256];
+        alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+        iovec piece{text, sizeof text};
+        msghdr message{};
+        message.msg_iov = &piece;
+        message.msg_iovlen = 1;
+        message.msg_control = control;
+        message.msg_controllen = sizeof control;
+        const ssize_t n = ::recvmsg(fd_.get(), &message, MSG_CMSG_CLOEXEC);
+        fds_.clear();
+        for (cmsghdr *c = CMSG_FIRSTHDR(&message); c != nullptr; c = CMSG_NXTHDR(&message, c)) {
+            int fd = -1;
+            std::memcpy(&fd, CMSG_DATA(c), sizeof fd);
+            fds_.emplace_back(fd);
+        }
+        return {text, static_cast<std::size_t>(std::max<ssize_t>(n, 0))};
+    }
+    // That came with the last message.
+    [[nodiscard]] std::vector<Fd> &fds() { return fds_; }
+
+  private:
+    std::string path_;
+    Fd fd_;
+    std::vector<Fd> fds_;
+};
+
 // One connection, whatever it is made to say.
 class Peer
 {
@@ -327,6 +404,17 @@ class Peer
 
     [[nodiscard]] int socket() const { return socket_.get(); }
     void close() { socket_ = Fd(); }
+    // Of the last request.
+    [[nodiscard]] std::uint32_t sequence() const { return sequence_; }
+    [[nodiscard]] std::uint32_t next_sequence() { return ++sequence_; }
+    // Goes on with another connection and the sequences of this one.
+    void reconnect(const Daemon &daemon)
+    {
+        do { // the socket of one that has just died may still accept
+            Peer fresh(daemon);
+            socket_ = std::move(fresh.socket_);
+        } while (call(DR_HELLO, dr_hello{0, DR_PROTOCOL_VERSION, DR_FEATURES_ALL}).closed);
+    }
 
     // False: the service has closed the connection.
     bool send(const Bytes &bytes, const std::vector<int> &fds = {}) const
@@ -372,11 +460,16 @@ class Peer
 
     Reply call_bytes(std::uint32_t request, const Bytes &payload, const std::vector<int> &fds = {})
     {
-        send(message(request, payload, ++sequence_), fds);
+        return call_bytes_as(++sequence_, request, payload, fds);
+    }
+    Reply call_bytes_as(std::uint32_t sequence, std::uint32_t request, const Bytes &payload,
+                        const std::vector<int> &fds = {})
+    {
+        send(message(request, payload, sequence), fds);
         Reply reply = receive();
         if (!reply.closed) {
             EXPECT_EQ(reply.header.request, request);
-            EXPECT_EQ(reply.header.sequence, sequence_);
+            EXPECT_EQ(reply.header.sequence, sequence);
             EXPECT_EQ(reply.header.flags & ~DR_MESSAGE_REFUSAL, DR_PROTOCOL_VERSION | DR_MESSAGE_REPLY);
         }
         return reply;
@@ -493,11 +586,12 @@ struct RawRing {
 class RawGuest : public Peer
 {
   public:
-    explicit RawGuest(const Daemon &daemon, std::uint32_t entries = 64) : Peer(daemon)
+    explicit RawGuest(const Daemon &daemon, std::uint32_t entries = 64) : RawGuest(daemon, new_guest(entries)) {}
+    RawGuest(const Daemon &daemon, const dr_guest_create &request) : Peer(daemon), created(request)
     {
         hello();
         std::vector<Fd> fds;
-        info = get<dr_guest>(DR_GUEST_CREATE, dr_guest_create{0, entries}, {}, &fds);
+        info = get<dr_guest>(DR_GUEST_CREATE, created, {}, &fds);
         if (fds.size() != 4)
             throw std::runtime_error("a guest has 4 descriptors");
         front_end_fd = std::move(fds[0]);
@@ -507,7 +601,15 @@ class RawGuest : public Peer
         map(front_end_fd, PROT_READ | PROT_WRITE, front_end_map);
         map(service_fd, PROT_READ, service_map);
         submissions.emplace(&submission_region(), &submission_consumer());
-        completions.emplace(&completion_consumer(), &completion_region(), entries);
+        completions.emplace(&completion_consumer(), &completion_region(), created.command_entries);
+    }
+
+    // After its connection has broken.
+    void take_again(const Daemon &daemon)
+    {
+        reconnect(daemon);
+        created.flags = DR_GUEST_TAKE;
+        info = get<dr_guest>(DR_GUEST_CREATE, created);
     }
 
     [[nodiscard]] dr_ring_consumer &completion_consumer() const { return *front_end_map.as<dr_ring_consumer>(0); }
@@ -587,6 +689,7 @@ class RawGuest : public Peer
         return last.result;
     }
 
+    dr_guest_create created;
     dr_guest info{};
     Fd front_end_fd;
     Fd service_fd;

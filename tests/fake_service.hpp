@@ -1,4 +1,4 @@
-// A service for libdirtyring that does what each test tells it to, and an hwpt of its own for devices.
+// A service for libdirtyring that does what each test tells it to, dying included, and an hwpt of its own for devices.
 #pragma once
 
 #include "client/dirtyring_device.h"
@@ -109,6 +109,7 @@ struct DirtyRing {
 struct Reply {
     std::string payload; // of any reply struct; its size field is filled in
     std::vector<Fd> fds;
+    std::string behind = {}; // what comes unasked
 };
 
 template <class T> Reply reply_of(T payload, std::vector<Fd> fds = {})
@@ -116,6 +117,9 @@ template <class T> Reply reply_of(T payload, std::vector<Fd> fds = {})
     payload.size = sizeof payload;
     return {std::string(reinterpret_cast<const char *>(&payload), sizeof payload), std::move(fds)};
 }
+
+// When a worker dies.
+enum class Death { before_reading, before_reply, in_reply };
 
 struct Refuse {
     int error;
@@ -137,8 +141,16 @@ class FakeService
         completions.emplace(completion_region(), front_end.map.as<dr_ring_consumer>());
 
         on[DR_HELLO] = [](auto &) { return reply_of(dr_hello{0, DR_PROTOCOL_VERSION, DR_FEATURES_ALL}); };
-        on[DR_GUEST_CREATE] = [this](auto &) {
+        on[DR_GUEST_CREATE] = [this](const std::string &payload) {
+            dr_guest_create request{};
+            std::memcpy(&request, payload.data(), sizeof request);
+            const std::string secret(reinterpret_cast<const char *>(request.secret), sizeof request.secret);
+            if (request.flags != 0 && (created.empty() || secret != this->secret))
+                throw Refuse{ENOENT, "no guest has this secret"};
+            this->secret = secret;
+            created.push_back(request);
             dr_guest guest{};
+            guest.sequence = done_sequence;
             guest.command_entries = command_entries;
             std::memset(guest.token, 0x5a, sizeof guest.token);
             std::vector<Fd> fds;
@@ -150,6 +162,7 @@ class FakeService
             fds.push_back(copy_of(call));
             return reply_of(guest, std::move(fds));
         };
+        on[DR_GUEST_DESTROY] = [](auto &) { return reply_of(dr_empty{}); };
         on[DR_RING_GET] = [this](const std::string &payload) {
             dr_ring_get request{};
             std::memcpy(&request, payload.data(), sizeof request);
@@ -171,6 +184,10 @@ class FakeService
     {
         hang_up();
         stop_answering();
+        if (!path.empty()) {
+            ::unlink(path.c_str());
+            ::rmdir(directory.c_str());
+        }
     }
 
     // The client's end of a connection that is served in a thread.
@@ -178,26 +195,41 @@ class FakeService
     {
         int ends[2];
         EXPECT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
-        serve(Fd(ends[1]));
+        work(Fd(ends[1]));
         return ends[0];
     }
 
-    void serve(Fd accepted)
+    // Serves whoever connects to `path`, one after the other: one worker after the other, as its clients see it.
+    void listen()
     {
-        socket = std::move(accepted);
-        server = std::thread([this] {
-            while (serve_one()) {
-            }
-            ::shutdown(socket.get(), SHUT_RDWR);
-        });
+        ASSERT_NE(::mkdtemp(directory.data()), nullptr);
+        path = directory + "/socket";
+        listener = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        sockaddr_un address{};
+        address.sun_family = AF_UNIX;
+        std::memcpy(address.sun_path, path.data(), path.size());
+        ASSERT_EQ(::bind(listener.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address), 0);
+        ASSERT_EQ(::listen(listener.get(), 1), 0);
+        restart();
     }
 
-    void hang_up()
+    // The worker dies; whoever keeps the listener does not.
+    void die()
     {
         if (!server.joinable())
             return;
-        ::shutdown(socket.get(), SHUT_RDWR);
+        signal(stop);
         server.join();
+        take_event(stop);
+    }
+
+    void restart() { work({}); }
+
+    // Dies for good.
+    void hang_up()
+    {
+        die();
+        listener = Fd();
     }
 
     dr_ring_producer *submission_region() { return front_end.map.as<dr_ring_producer>(DR_PAGE); }
@@ -243,7 +275,10 @@ class FakeService
 
     std::map<std::uint32_t, std::function<Reply(const std::string &)>> on; // handlers by request; may throw Refuse
     std::uint32_t sequence_offset = 0;                                     // added to that of replies
+    std::map<std::uint32_t, Death> deaths;                                 // at the next such request
     std::vector<std::uint32_t> requests;                                   // served; read after hang_up()
+    std::vector<std::uint32_t> sequences;                                  // of those
+    std::vector<dr_guest_create> created;                                  // or taken; read after hang_up()
     FdList received;
     Region front_end;
     Region service;
@@ -252,8 +287,54 @@ class FakeService
     std::optional<Consumer<dr_command>> submissions;
     std::optional<Producer<dr_completion>> completions;
     std::deque<DirtyRing> rings;
+    std::string path;
+    Fd listener;
 
   private:
+    static bool changes(std::uint32_t request)
+    {
+        return request == DR_MEMORY_ADD || request == DR_IOAS_ALLOC || request == DR_HWPT_ALLOC ||
+               request == DR_DESTROY;
+    }
+
+    void work(Fd connected)
+    {
+        socket = std::move(connected);
+        server = std::thread([this] {
+            while (socket || accept()) {
+                while (serve_one()) {
+                }
+                socket = Fd();
+            }
+        });
+    }
+
+    bool accept()
+    {
+        if (!listener || !stirs(listener))
+            return false;
+        socket = Fd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+        return true;
+    }
+
+    // Sleeps until there is something. False: it is time to die.
+    bool stirs(const Fd &fd)
+    {
+        pollfd fds[] = {{fd.get(), POLLIN, 0}, {stop.get(), POLLIN, 0}};
+        ::poll(fds, 2, -1);
+        return fds[1].revents == 0;
+    }
+
+    // Whether the worker dies at this moment of this request; it does so once.
+    bool dies(std::uint32_t request, Death moment)
+    {
+        const auto death = deaths.find(request);
+        if (death == deaths.end() || death->second != moment)
+            return false;
+        deaths.erase(death);
+        return true;
+    }
+
     bool read_all(void *to, std::size_t size)
     {
         for (std::size_t done = 0; done < size;) {
@@ -275,20 +356,30 @@ class FakeService
     {
         dr_message_header header{};
         received.close_all();
-        if (!read_all(&header, sizeof header))
+        if (!stirs(socket) || ::recv(socket.get(), &header, sizeof header, MSG_PEEK) != sizeof header ||
+            dies(header.request, Death::before_reading) || !read_all(&header, sizeof header))
             return false;
         std::string payload(header.size, '\0');
         if (!read_all(payload.data(), payload.size()))
             return false;
         requests.push_back(header.request);
+        sequences.push_back(header.sequence);
         EXPECT_EQ(header.flags, DR_PROTOCOL_VERSION);
         header.flags |= DR_MESSAGE_REPLY;
         Reply reply;
         try {
+            const bool change = changes(header.request);
             const auto handler = on.find(header.request);
             if (handler == on.end())
                 throw Refuse{EOPNOTSUPP, "unknown request"};
-            reply = handler->second(payload);
+            if (change && header.sequence == done_sequence)
+                reply.payload = done_reply;
+            else
+                reply = handler->second(payload);
+            if (change) {
+                done_sequence = header.sequence;
+                done_reply = reply.payload;
+            }
         } catch (const Refuse &refuse) {
             header.flags |= DR_MESSAGE_REFUSAL;
             dr_refusal refusal{};
@@ -299,6 +390,8 @@ class FakeService
         }
         header.size = static_cast<std::uint32_t>(reply.payload.size());
         header.sequence += sequence_offset;
+        if (dies(header.request, Death::before_reply))
+            return false;
         // In two pieces and with a pause, as a stream may bring it.
         FdList fds;
         for (Fd &fd : reply.fds)
@@ -311,9 +404,16 @@ class FakeService
         if (::sendmsg(socket.get(), &msg, MSG_NOSIGNAL) < 0)
             return false;
         std::this_thread::yield();
-        return ::send(socket.get(), reply.payload.data(), reply.payload.size(), MSG_NOSIGNAL) >= 0;
+        const bool whole = !dies(header.request, Death::in_reply);
+        const std::string rest = whole ? reply.payload + reply.behind : reply.payload.substr(reply.payload.size() / 2);
+        return ::send(socket.get(), rest.data(), rest.size(), MSG_NOSIGNAL) >= 0 && whole;
     }
 
+    std::string directory = "/tmp/dirtyring-test-XXXXXX";
+    std::string secret;              // of the guest
+    std::uint32_t done_sequence = 0; // of the last request that changed the guest
+    std::string done_reply;
+    Fd stop = event();
     Fd socket;
     std::thread server;
     std::thread worker;
@@ -334,15 +434,7 @@ class ClientDevice : public testing::Test
 
     void SetUp() override
     {
-        ASSERT_NE(::mkdtemp(directory.data()), nullptr);
-        path = directory + "/socket";
-        listener = Fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-        sockaddr_un address{};
-        address.sun_family = AF_UNIX;
-        std::memcpy(address.sun_path, path.data(), path.size());
-        ASSERT_EQ(::bind(listener.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address), 0);
-        ASSERT_EQ(::listen(listener.get(), 1), 0);
-
+        service.listen();
         geometry = iommu::make_geometry(DR_FORMAT_AMDV1, 30, 1);
         ASSERT_EQ(tables.make("tables", geometry.tables_size, Pages::sparse), 0);
         ASSERT_EQ(translation.make("translation", geometry.translation_size, Pages::present), 0);
@@ -371,24 +463,15 @@ class ClientDevice : public testing::Test
         service.on[DR_DEVICE_DETACH] = [](auto &) { return reply_of(dr_empty{}); };
     }
 
-    void TearDown() override
-    {
-        ::unlink(path.c_str());
-        ::rmdir(directory.c_str());
-    }
-
     int try_attach()
     {
-        std::thread acceptor([this] { service.serve(Fd(::accept(listener.get(), nullptr, nullptr))); });
         const std::uint8_t token[DR_TOKEN_BYTES] = {};
         dirtyring_attach attach{};
         attach.token = token;
         attach.hwpt = 1;
         attach.threads = threads;
         attach.pins = pins;
-        const int error = dirtyring_device_attach(path.c_str(), &attach, &device);
-        acceptor.join();
-        return error;
+        return dirtyring_device_attach(service.path.c_str(), &attach, &device);
     }
 
     void attach() { ASSERT_EQ(try_attach(), 0) << dirtyring_error(); }
@@ -413,9 +496,6 @@ class ClientDevice : public testing::Test
     }
 
     const std::uint32_t pins; // of each thread
-    std::string directory = "/tmp/dirtyring-test-XXXXXX";
-    std::string path;
-    Fd listener;
     dr_translation_header geometry{};
     std::uint64_t first = 0; // table below the root
     Region tables;

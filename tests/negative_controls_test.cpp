@@ -527,6 +527,20 @@ Control control(Fault fault)
         return {fault, "no_second_look", written_while_falling_asleep};
     case Fault::arm_without_look:
         return {fault, "arm_without_look", consumer_asleep};
+    case Fault::clear_before_stage:
+    case Fault::restart_without_advance:
+    case Fault::restart_without_scan:
+    case Fault::restart_opens_early:
+    case Fault::resumed_map_not_scanned:
+    case Fault::cut_not_noted:
+        return {fault, "by a death: schedule_test", nullptr};
+    case Fault::restart_without_call:
+    case Fault::sync_marks_again:
+        return {fault, "restart_test", nullptr};
+    case Fault::commands_not_recorded:
+        return {fault, "command_journal_test", nullptr};
+    case Fault::no_lock:
+        return {fault, "service_restart_test", nullptr};
     }
     return {Fault::none, "none", nullptr};
 }

@@ -74,6 +74,40 @@ TEST(RetainedMap, ARunMeansTheOldestMapUntilItsMarkerHasPassed)
     EXPECT_EQ(map.retained(), 0u);
 }
 
+TEST(RetainedMap, AMarkerMayComeTwice)
+{
+    RetainedMap map(1, slice_lg2);
+    map.map(0, page, 10 * page);
+    map.passed(0, 5); // before its unmap is heard to be complete, and again
+    map.passed(0, 5);
+    map.unmapped(0, page, 5);
+    EXPECT_EQ(map.retained(), 0u);
+
+    map.map(0, page, 20 * page);
+    map.unmapped(0, page, 9);
+    map.map(0, page, 30 * page);
+    map.passed(0, 5);
+    EXPECT_THAT(translate(map, 0, 0, page), ElementsAre(Pair(20 * page, page))) << "that was another unmap's";
+    map.passed(0, 9);
+    map.passed(0, 9);
+    EXPECT_THAT(translate(map, 0, 0, page), ElementsAre(Pair(30 * page, page)));
+    map.unmapped(0, page, 12);
+    EXPECT_EQ(map.retained(), 1u);
+}
+
+// A run that was published before a restart and comes again after it, longer by what was written since.
+TEST(RetainedMap, ARunMayHaveHoles)
+{
+    RetainedMap map(1, slice_lg2);
+    map.map(page, page, 11 * page);
+    map.map(3 * page, page, 13 * page);
+    map.map(5 * page, page, 15 * page);
+    map.unmapped(5 * page, page, 7);
+    Pieces pieces;
+    EXPECT_FALSE(map.translate(0, 0, 8 * page, [&](std::uint64_t oa, std::uint64_t n) { pieces.emplace_back(oa, n); }));
+    EXPECT_THAT(pieces, ElementsAre(Pair(11 * page, page), Pair(13 * page, page), Pair(15 * page, page)));
+}
+
 TEST(RetainedMap, AMarkerReadBeforeTheCompletionRetainsNothing)
 {
     RetainedMap map(1, slice_lg2);

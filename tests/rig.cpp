@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 namespace dirtyring::test {
 
@@ -116,29 +117,62 @@ Rig::Rig(const RigOptions &options)
         consumer->armed = DR_DISARMED;
         s.consumer.emplace(consumer, producer, options.capacity);
 
-        service::ShardConfig config;
-        config.tables = tables;
-        config.geometry = geometry;
-        config.index = i;
-        config.control = controls + i;
-        config.generations = translation_region_.map.as<std::uint64_t>(geometry.generations);
-        config.leaf_lg2_max = options.leaf_lg2_max;
-        config.producer = producer;
-        config.consumer = consumer;
-        config.min_interval_ns = options.min_interval_ns;
-        config.make_present = [this](std::uint64_t offset, std::uint64_t length) {
-            if (present_steps == 0)
-                return -ENOSPC;
-            present_steps -= present_steps == UINT64_MAX ? 0 : 1;
-            return tables_region_.make_present(offset, length);
-        };
-        config.call = [&s] { ++s.calls; };
-        s.shard = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
-        must(s.shard != nullptr, "format");
+        must(s.record.make("record", iommu::SliceRecord::size(geometry), ring::Pages::sparse) == 0, "record");
+        make_shard(i, false);
     }
     for (unsigned i = 0; i < options.devices; ++i) {
         devices_.push_back(std::make_unique<Device>(view, guest, threads(i), 0));
         attach(i);
+    }
+}
+
+void Rig::make_shard(unsigned i, bool restored)
+{
+    PerShard &s = shards_[i];
+    service::ShardConfig config;
+    config.tables = iommu::Tables(tables_region_.map.data(), geometry);
+    config.geometry = geometry;
+    config.index = i;
+    config.control = translation_region_.map.as<dr_shard_control>(geometry.shard_controls) + i;
+    config.generations = translation_region_.map.as<std::uint64_t>(geometry.generations);
+    config.leaf_lg2_max = options_.leaf_lg2_max;
+    config.producer = s.producer_region.map.as<dr_ring_producer>();
+    config.consumer = s.consumer_region.map.as<dr_ring_consumer>();
+    config.min_interval_ns = options_.min_interval_ns;
+    const auto there = [this](ring::Region &region) {
+        return [this, &region](std::uint64_t offset, std::uint64_t length) {
+            if (present_steps == 0)
+                return -ENOSPC;
+            present_steps -= present_steps == UINT64_MAX ? 0 : 1;
+            return region.make_present(offset, length);
+        };
+    };
+    config.backing = {there(tables_region_),
+                      [this](std::uint64_t offset, std::uint64_t length) { tables_region_.give_back(offset, length); }};
+    config.record = {s.record.map.data(), geometry, there(s.record)};
+    config.restored = restored;
+    config.stall_ns = options_.stall_ns;
+    config.stalled = [&s](const dr_cell *cell) { s.stalled.push_back(cell); };
+    config.call = [&s] { ++s.calls; };
+    s.shard = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
+    must(s.shard != nullptr, "format");
+}
+
+void Rig::restart(unsigned i)
+{
+    make_shard(i, true);
+    const std::set<unsigned> dying = state(i).dying; // their cells are kept until all is reported
+    for (unsigned d = 0; d < devices_.size(); ++d) {
+        if (attached_.contains(d) || dying.contains(d))
+            shard(i).add(threads(d));
+        if (dying.contains(d))
+            bury_at(i, d);
+    }
+    for (Op &op : ops_) {
+        if (op.shard != i || op.over())
+            continue;
+        op.again = true;
+        deliver(op);
     }
 }
 
@@ -448,20 +482,29 @@ iommu::DmaFault Rig::unpin(unsigned device, const Pin &pin)
 
 void Rig::attach(unsigned device)
 {
+    attached_.insert(device);
     for (PerShard &s : shards_)
         s.shard->add(threads(device));
 }
 
 void Rig::detach(unsigned device)
 {
+    attached_.erase(device);
     for (PerShard &s : shards_)
         s.shard->remove(threads(device));
 }
 
 void Rig::bury(unsigned device)
 {
-    for (PerShard &s : shards_)
-        s.shard->bury(threads(device));
+    attached_.erase(device);
+    for (unsigned i = 0; i < shards(); ++i)
+        bury_at(i, device);
+}
+
+void Rig::bury_at(unsigned i, unsigned device)
+{
+    shards_[i].dying.insert(device);
+    shard(i).bury(threads(device), [this, i, device] { shards_[i].dying.erase(device); });
 }
 
 // ---- oracle
@@ -472,6 +515,13 @@ std::uint64_t Rig::lost() const
     for (const std::uint64_t oa : written_)
         n += std::memcmp(source.data() + oa, destination.data() + oa, page_size) != 0 ? 1 : 0;
     return n;
+}
+
+std::uint64_t Rig::tables_bytes() const
+{
+    struct stat status;
+    must(::fstat(tables_region_.fd.get(), &status) == 0, "fstat");
+    return static_cast<std::uint64_t>(status.st_blocks) * 512;
 }
 
 std::uint64_t *Rig::entry(std::uint64_t iova, unsigned level) const

@@ -46,10 +46,13 @@ using OpKind = service::ShardOp::Kind;
 using Device = iommu::DmaThread<iommu::AmdV1>;
 
 struct Op final : service::ShardOp {
+    Op() { note = &note_word; }
+    Op(const Op &) = delete;
     void done() override { finished.store(true, std::memory_order_release); }
     [[nodiscard]] bool over() const { return finished.load(std::memory_order_acquire); }
     std::atomic<bool> finished{false};
     unsigned shard = 0;
+    std::uint64_t note_word = 0;
 };
 
 // Private memory that is there once it is touched.
@@ -83,6 +86,7 @@ struct RigOptions {
     std::uint64_t memory = 64 * MiB; // of the guest, from OA 0
     unsigned devices = 2;            // one thread each
     unsigned pins = 16;              // slots of each
+    std::uint64_t stall_ns = UINT64_MAX;
 };
 
 // DMA that is in flight without a section.
@@ -114,6 +118,8 @@ class Rig
     }
     bool step(unsigned i = 0) { return shards_[i].shard->step(now += 1000); }
     bool step_all();
+    // The shard's owner has died, wherever it was; another takes up its memory, and the operations that got no answer come again.
+    void restart(unsigned i = 0);
     // Steps all shards until there is nothing to do at once. False: there always is something.
     bool settle();
 
@@ -179,6 +185,7 @@ class Rig
 
     // The shared memory, for hostile writers.
     [[nodiscard]] std::byte *tables_memory() const { return tables_region_.map.data(); }
+    [[nodiscard]] std::uint64_t tables_bytes() const; // that are there
     [[nodiscard]] const std::byte *translation_memory() const { return translation_region_.map.data(); }
     [[nodiscard]] std::uint64_t *entry(std::uint64_t iova, unsigned level) const;
     [[nodiscard]] dr_ring_producer *producer_memory(unsigned i = 0) const
@@ -213,16 +220,21 @@ class Rig
     struct PerShard {
         ring::Region producer_region;
         ring::Region consumer_region;
+        ring::Region record;
         std::unique_ptr<service::Shard> shard;
         std::optional<ring::Consumer<std::uint64_t>> consumer;
         std::uint64_t calls = 0;
         std::uint64_t synced = UINT64_MAX; // the last cookie read
         std::uint64_t passed = 0;          // the last epoch read
         bool ended = false;
+        std::set<unsigned> dying;             // devices that are dead, and perhaps not reported yet
+        std::vector<const dr_cell *> stalled; // what the shard told
     };
     PerShard &state(unsigned i = 0) { return shards_[i]; }
 
   private:
+    void make_shard(unsigned i, bool restored);
+    void bury_at(unsigned i, unsigned device);
     template <class Over> bool wait_for(Over over);
     void take(unsigned shard, std::uint64_t entry);
     void copy(std::uint64_t oa, std::uint64_t length);
@@ -234,6 +246,7 @@ class Rig
     ring::Region cells_region_;
     std::vector<PerShard> shards_;
     std::deque<Op> ops_;
+    std::set<unsigned> attached_;
     std::vector<std::unique_ptr<Device>> devices_;
     RetainedMap retained_;
     std::uint64_t stamp_ = 0;

@@ -1,10 +1,12 @@
 // Schedules at random, in one thread, so that a seed repeats: whichever device, walker or VMM is at its turn takes a small step, also in
-// between two instructions of another (iommu/fault.hpp names the places). The oracle is that of property_test.cpp. That the search is worth
+// between two instructions of another (iommu/fault.hpp names the places); there the service may also die, all walkers at once, and
+// another take its place. The oracle is that of property_test.cpp. That the search is worth
 // its time, it shows itself: with a rule broken it must find a loss.
 #include "tests/hook.hpp"
 #include "tests/oracle.hpp"
 #include "tests/rig.hpp"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -19,14 +21,15 @@ namespace {
 class Schedule
 {
   public:
-    explicit Schedule(std::uint64_t seed)
-        : random_(seed), layout_{below(2) == 0 ? 1u : 2u}, rig_({.aperture_lg2 = layout_.aperture_lg2(),
-                                                                 .shards = layout_.shards,
-                                                                 .leaf_lg2_max = below(2) == 0 ? 12u : 30u,
-                                                                 .space = below(2) == 0 ? DR_SPACE_OA : DR_SPACE_IOVA,
-                                                                 .capacity = 8ull << below(3),
-                                                                 .memory = Layout::memory,
-                                                                 .devices = devices}),
+    explicit Schedule(std::uint64_t seed, bool mortal = false)
+        : random_(seed), mortal_(mortal), layout_{below(2) == 0 ? 1u : 2u},
+          rig_({.aperture_lg2 = layout_.aperture_lg2(),
+                .shards = layout_.shards,
+                .leaf_lg2_max = below(2) == 0 ? 12u : 30u,
+                .space = below(2) == 0 ? DR_SPACE_OA : DR_SPACE_IOVA,
+                .capacity = 8ull << below(3),
+                .memory = Layout::memory,
+                .devices = devices}),
           oracle_(rig_, layout_, devices)
     {
         at_point = [this](Point p) { interfere(p); };
@@ -69,11 +72,14 @@ class Schedule
 
     [[nodiscard]] std::uint64_t writes() const { return oracle_.writes(); }
     [[nodiscard]] std::uint64_t syncs() const { return syncs_; }
+    [[nodiscard]] std::uint64_t restarts() const { return restarts_; }
     [[nodiscard]] std::uint64_t over_reported() const { return rig_.over_reported; }
 
   private:
     static constexpr unsigned devices = 3;
     struct Death {
+    };
+    struct ServiceDeath {
     };
     struct DeviceState {
         bool inside = false;
@@ -105,7 +111,10 @@ class Schedule
             return;
         if (p == Point::device_between_dirty_and_summary && depth_ == 0 && writer_ < devices && below(400) == 0)
             throw Death{};
-        if (depth_ >= 2)
+        const bool often = p == Point::map_leaf_stored;
+        if (mortal_ && p >= first_of_service && below(often ? 4000 : 100) == 0)
+            throw ServiceDeath{};
+        if (depth_ >= 2 || (often && below(64) != 0))
             return;
         ++depth_;
         const unsigned writer = std::exchange(writer_, devices);
@@ -146,8 +155,16 @@ class Schedule
             if (state_[d].dead && !state_[d].buried && below(8) == 0)
                 bury(d);
         }
-        for (std::uint64_t n = below(6) + 1; n > 0; --n)
-            rig_.step(static_cast<unsigned>(below(rig_.shards())));
+        const unsigned depth = depth_;
+        try {
+            for (std::uint64_t n = below(6) + 1; n > 0; --n)
+                rig_.step(static_cast<unsigned>(below(rig_.shards())));
+        } catch (const ServiceDeath &) {
+            depth_ = depth;
+            ++restarts_;
+            for (unsigned i = 0; i < rig_.shards(); ++i)
+                rig_.restart(i);
+        }
         walking_ = false;
     }
 
@@ -297,11 +314,13 @@ class Schedule
     // Alone, as the control plane sees to it.
     void restart_tracking()
     {
-        const bool quiet = depth_ == 0 && !syncing() &&
-                           std::none_of(state_.begin(), state_.end(),
-                                        [](const DeviceState &s) { return s.inside || s.dead || s.busy; });
-        if (!quiet)
+        if (depth_ > 0 || syncing() ||
+            std::any_of(state_.begin(), state_.end(), [](const DeviceState &s) { return s.dead || s.busy; }))
             return;
+        for (unsigned d = 0; d < devices; ++d) {
+            if (state_[d].inside)
+                leave(d);
+        }
         calm_ = true;
         if (rig_.disable() != 0)
             wrong_ = "disable hangs";
@@ -367,7 +386,11 @@ class Schedule
         }
     }
 
+    // In enum Point those of devices come first.
+    static constexpr Point first_of_service = Point::walker_before_advance;
+
     std::mt19937_64 random_;
+    bool mortal_; // the service
     Layout layout_;
     Rig rig_;
     Oracle oracle_;
@@ -378,12 +401,14 @@ class Schedule
     bool walking_ = false;
     bool calm_ = false; // one after the other
     std::uint64_t syncs_ = 0;
+    std::uint64_t restarts_ = 0;
     std::string wrong_;
 };
 
 constexpr unsigned steps = 1500;
 
-TEST(Schedules, LoseNothing)
+// Runs schedules and says how much they did; the first that goes wrong ends it.
+void expect_nothing_lost(bool mortal)
 {
     const std::uint64_t first = chosen_seed(1);
     const unsigned count = std::getenv("DIRTYRING_SEED") != nullptr ? 1
@@ -393,21 +418,34 @@ TEST(Schedules, LoseNothing)
     std::uint64_t writes = 0;
     std::uint64_t syncs = 0;
     std::uint64_t over = 0;
+    std::uint64_t restarts = 0;
     for (std::uint64_t seed = first; seed < first + count; ++seed) {
-        Schedule s(seed);
+        Schedule s(seed, mortal);
         ASSERT_EQ(s.run(steps), "") << "DIRTYRING_SEED=" << seed;
         writes += s.writes();
         syncs += s.syncs();
         over += s.over_reported();
+        restarts += s.restarts();
     }
-    std::printf("[   counts ] %llu writes, %llu syncs, %llu pages over-reported\n",
-                static_cast<unsigned long long>(writes), static_cast<unsigned long long>(syncs),
-                static_cast<unsigned long long>(over));
+    fmt::print("[   counts ] {} writes, {} syncs, {} pages over-reported, {} restarts\n", writes, syncs, over,
+               restarts);
+    EXPECT_EQ(restarts > 0, mortal);
+}
+
+TEST(Schedules, LoseNothing)
+{
+    expect_nothing_lost(false);
+}
+
+TEST(Schedules, LoseNothingWhenTheServiceDies)
+{
+    expect_nothing_lost(true);
 }
 
 struct Broken {
     const char *name;
     Fault fault;
+    bool mortal = false;
 
     friend void PrintTo(const Broken &b, std::ostream *out) { *out << b.name; }
 };
@@ -420,8 +458,8 @@ TEST_P(BrokenSchedules, LoseSomething)
 {
     const Breaking breaking(GetParam().fault);
     for (std::uint64_t seed = 1; seed <= 1000; ++seed) {
-        if (const std::string wrong = Schedule(seed).run(steps); !wrong.empty()) {
-            std::printf("[     found ] seed %llu: %s\n", static_cast<unsigned long long>(seed), wrong.c_str());
+        if (const std::string wrong = Schedule(seed, GetParam().mortal).run(steps); !wrong.empty()) {
+            fmt::print("[     found ] seed {}: {}\n", seed, wrong);
             return;
         }
     }
@@ -439,7 +477,13 @@ INSTANTIATE_TEST_SUITE_P(Faults, BrokenSchedules,
                                          Broken{"unmap_ignores_pins", Fault::unmap_ignores_pins},
                                          Broken{"death_ignores_pins", Fault::death_ignores_pins},
                                          Broken{"unmap_without_grace", Fault::unmap_without_grace},
-                                         Broken{"enable_without_advance", Fault::enable_without_advance}),
+                                         Broken{"enable_without_advance", Fault::enable_without_advance},
+                                         Broken{"clear_before_stage", Fault::clear_before_stage, true},
+                                         Broken{"restart_without_advance", Fault::restart_without_advance, true},
+                                         Broken{"restart_without_scan", Fault::restart_without_scan, true},
+                                         Broken{"restart_opens_early", Fault::restart_opens_early, true},
+                                         Broken{"resumed_map_not_scanned", Fault::resumed_map_not_scanned, true},
+                                         Broken{"cut_not_noted", Fault::cut_not_noted, true}),
                          [](const auto &info) { return std::string(info.param.name); });
 
 } // namespace

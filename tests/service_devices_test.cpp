@@ -155,11 +155,15 @@ TEST(ServiceDevice, ThatScribblesOverItsTablesHarmsItsOwnGuestOnly)
     ASSERT_EQ(tables.map(fds[0].get(), h.tables_size, PROT_READ | PROT_WRITE), 0);
     const RawRing ring = device.guest.ring(device.guest.hwpt);
     std::mt19937_64 random(3);
-    const std::uint64_t known = dirtyring::iommu::first_table(h, 0); // and some beyond
+    // The first tables of some level, and some beyond.
+    const auto known = [&] {
+        using namespace dirtyring::iommu;
+        return first_table(h, 0) + first_number(h.slice_lg2, static_cast<unsigned>(random() % 3));
+    };
     for (int i = 0; i < 20'000; ++i) {
-        *tables.as<std::uint64_t>(h.table_bits + (known / 8 + random() % 8) / 8 * 8) = random();
-        *tables.as<std::uint64_t>(h.line_words + (known + random() % 8) * 8) = random();
-        *tables.as<std::uint64_t>(h.table_pages + (known + random() % 4) * page + random() % 512 * 8) = random();
+        *tables.as<std::uint64_t>(h.table_bits + (known() / 8 + random() % 8) / 8 * 8) = random();
+        *tables.as<std::uint64_t>(h.line_words + (known() + random() % 8) * 8) = random();
+        *tables.as<std::uint64_t>(h.table_pages + (known() + random() % 4) * page + random() % 512 * 8) = random();
         *tables.as<std::uint64_t>(h.table_pages + random() % 2 * page + random() % 512 * 8) = random();
         cells.as<dr_cell>()->count = random();
         if (i % 100 == 0) {

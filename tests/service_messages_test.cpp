@@ -33,7 +33,7 @@ TEST(ServiceHello, AVersionTooOldIsRefusedAndMayBeTriedAgain)
 TEST(ServiceHello, ComesFirst)
 {
     Daemon daemon;
-    for (std::uint32_t request = DR_GUEST_CREATE; request <= DR_DEVICE_DETACH; ++request) {
+    for (std::uint32_t request = DR_GUEST_CREATE; request <= DR_GUEST_DESTROY; ++request) {
         SCOPED_TRACE(request);
         Peer peer(daemon);
         expect_refused(peer.call_bytes(request, payload_of(dr_empty{})), EPROTO);
@@ -78,7 +78,7 @@ TEST(ServiceMessage, AnUnknownRequestIsRefused)
 {
     Daemon daemon;
     RawGuest guest(daemon);
-    for (const std::uint32_t request : {0u, 10u, 1000u, UINT32_MAX})
+    for (const std::uint32_t request : {0u, 11u, 1000u, UINT32_MAX})
         expect_refused(guest.call_bytes(request, payload_of(dr_empty{})), EOPNOTSUPP);
     guest.get<dr_object>(DR_IOAS_ALLOC, dr_empty{});
 }
@@ -129,7 +129,7 @@ TEST(ServiceMessage, SeveralInOneWriteAreAnsweredInOrder)
     Daemon daemon;
     Peer peer(daemon);
     Bytes all = Peer::message(DR_HELLO, payload_of(dr_hello{0, 1, 0}), 1);
-    for (const Bytes &next : {Peer::message(DR_GUEST_CREATE, payload_of(dr_guest_create{0, 4}), 2),
+    for (const Bytes &next : {Peer::message(DR_GUEST_CREATE, payload_of(new_guest(4)), 2),
                               Peer::message(DR_IOAS_ALLOC, payload_of(dr_empty{}), 3)})
         all.insert(all.end(), next.begin(), next.end());
     peer.send(all);

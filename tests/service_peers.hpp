@@ -215,7 +215,12 @@ class TrackedGuest : public RawGuest
   public:
     explicit TrackedGuest(const Daemon &daemon, const std::function<void(dr_hwpt_alloc &)> &change = {},
                           std::uint32_t command_entries = 64)
-        : RawGuest(daemon, command_entries), socket(daemon.socket())
+        : TrackedGuest(daemon, new_guest(command_entries), change)
+    {
+    }
+    TrackedGuest(const Daemon &daemon, const dr_guest_create &create,
+                 const std::function<void(dr_hwpt_alloc &)> &change = {})
+        : RawGuest(daemon, create), socket(daemon.socket())
     {
         add_memory(0, pages * page, memory);
         ioas = get<dr_object>(DR_IOAS_ALLOC, dr_empty{}).id;
@@ -257,6 +262,7 @@ class DeviceProcess
     DeviceProcess &operator=(const DeviceProcess &) = delete;
     ~DeviceProcess() { kill(); }
 
+    [[nodiscard]] pid_t pid() const { return pid_; }
     void wait_inside() { expect_word('i'); }
     void leave_section() { tell('l'); }
     void close_socket() { tell('s'); }
@@ -338,6 +344,7 @@ class RawDevice : public Peer
         r.hwpt = guest.hwpt;
         r.flags = DR_DEVICE_CAN_TRACK;
         r.threads = 1;
+        r.key = new_key();
         std::memcpy(r.token, guest.info.token, sizeof r.token);
         return r;
     }

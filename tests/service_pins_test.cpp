@@ -534,6 +534,7 @@ TEST(ServicePins, ThatAreNonsenseHarmTheirOwnGuestOnly)
         request.flags = DR_DEVICE_CAN_TRACK;
         request.threads = threads;
         request.pins = pins;
+        request.key = 1;
         std::memcpy(request.token, guest.info.token, sizeof request.token);
         std::vector<Fd> fds;
         device.get<dr_device>(DR_DEVICE_ATTACH, request, {}, &fds);

@@ -11,40 +11,12 @@ using testing::HasSubstr;
 
 // ---- the program -----------------------------------------------------------------------------------------------------
 
-// Where a supervisor listens.
-class NotifySocket
-{
-  public:
-    explicit NotifySocket(const std::string &path) : path_(path)
-    {
-        sockaddr_un address{};
-        address.sun_family = AF_UNIX;
-        path.copy(address.sun_path, sizeof address.sun_path - 1);
-        fd_ = Fd(need(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0), "socket"));
-        need(::bind(fd_.get(), reinterpret_cast<sockaddr *>(&address), sizeof address), "bind");
-    }
-    ~NotifySocket() { ::unlink(path_.c_str()); }
-
-    [[nodiscard]] std::string next() const
-    {
-        pollfd waiting{fd_.get(), POLLIN, 0};
-        if (::poll(&waiting, 1, 10'000) != 1)
-            return "nothing";
-        char text[256];
-        const ssize_t n = ::recv(fd_.get(), text, sizeof text, 0);
-        return {text, static_cast<std::size_t>(std::max<ssize_t>(n, 0))};
-    }
-
-  private:
-    std::string path_;
-    Fd fd_;
-};
-
 TEST(ServiceProgram, TellsItsSupervisorWhenItIsReadyAndWhenItStops)
 {
     TemporaryDirectory directory;
-    const NotifySocket supervisor(directory.path() + "/notify");
+    NotifySocket supervisor(directory.path() + "/notify");
     Daemon daemon({}, [&] { ::setenv("NOTIFY_SOCKET", (directory.path() + "/notify").c_str(), 1); });
+    EXPECT_THAT(supervisor.next(), HasSubstr("FDNAME=listener"));
     EXPECT_EQ(supervisor.next(), "READY=1");
     daemon.process().signal(SIGTERM);
     EXPECT_EQ(supervisor.next(), "STOPPING=1");
@@ -91,13 +63,8 @@ INSTANTIATE_TEST_SUITE_P(NonBlocking, ServiceListeningFd, testing::Values(SOCK_N
 TEST_P(ServiceListeningFd, IsServed)
 {
     TemporaryDirectory directory;
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
     const std::string path = directory.path() + "/socket";
-    path.copy(address.sun_path, sizeof address.sun_path - 1);
-    Fd listener(need(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | GetParam(), 0), "socket"));
-    need(::bind(listener.get(), reinterpret_cast<sockaddr *>(&address), sizeof address), "bind");
-    need(::listen(listener.get(), 8), "listen");
+    const Fd listener = listening_on(path, SOCK_STREAM | GetParam());
     Process service(with_fd(listener.get()), [&] { keep_over_exec(listener); });
     for (int i = 0; i < 3; ++i) {
         Peer peer(connected(path));
@@ -125,7 +92,7 @@ TEST_P(ServiceConnectedFd, IsServedUntilItsPeerCloses)
     Process service(with_fd(theirs.get()), [&] { keep_over_exec(theirs); });
     theirs = Fd();
     peer.hello();
-    peer.get<dr_guest>(DR_GUEST_CREATE, dr_guest_create{0, 4});
+    peer.get<dr_guest>(DR_GUEST_CREATE, new_guest(4));
     peer.close();
     EXPECT_EQ(service.exit_code(), 0) << service.said();
 }
@@ -306,6 +273,7 @@ class Fuzzer
     {
         std::memcpy(attach_.token, target.token(), sizeof attach_.token);
         attach_.threads = 1;
+        attach_.key = new_key();
         attach_.flags = DR_DEVICE_CAN_TRACK;
     }
 
@@ -331,7 +299,12 @@ class Fuzzer
             Bytes message = valid[random_() % valid.size()];
             for (auto n = random_() % 4; n > 0; --n)
                 message[random_() % message.size()] = interesting();
-            if (random_() % 8 == 0)
+            dr_message_header header;
+            std::memcpy(&header, message.data(), sizeof header);
+            constexpr std::size_t linger = sizeof header + offsetof(dr_guest_create, linger_ms);
+            if (header.request == DR_GUEST_CREATE && message.size() >= linger + 4)
+                std::fill_n(message.begin() + linger, 4, std::byte{0}); // or it is not gone at the end
+            else if (random_() % 8 == 0)
                 message.resize(random_() % message.size() + 1);
             if (!peer.send(message, descriptors()))
                 break;
@@ -354,20 +327,22 @@ class Fuzzer
     }
     [[nodiscard]] std::vector<Bytes> messages() const
     {
-        const auto message = [](dr_request request, auto payload) {
-            return Peer::message(request, payload_of(payload));
+        std::uint32_t sequence = 0;
+        const auto message = [&sequence](dr_request request, auto payload) {
+            return Peer::message(request, payload_of(payload), ++sequence);
         };
         dr_hwpt_alloc hwpt = RawGuest::hwpt_request(1);
         hwpt.aperture_lg2 = 30;
         return {message(DR_HELLO, dr_hello{0, 1, DR_FEATURES_ALL}),
-                message(DR_GUEST_CREATE, dr_guest_create{0, 4}),
+                message(DR_GUEST_CREATE, new_guest(4)),
                 message(DR_IOAS_ALLOC, dr_empty{}),
                 message(DR_HWPT_ALLOC, hwpt),
                 message(DR_MEMORY_ADD, dr_memory_region{0, 0, 0, page, 0}),
                 message(DR_RING_GET, dr_ring_get{0, 2, 0}),
                 message(DR_DESTROY, dr_object{0, 2}),
                 message(DR_DEVICE_ATTACH, attach_),
-                message(DR_DEVICE_DETACH, dr_empty{})};
+                message(DR_DEVICE_DETACH, dr_empty{}),
+                message(DR_GUEST_DESTROY, dr_empty{})};
     }
     static void hang_up(Peer &peer)
     {

@@ -31,7 +31,7 @@ Place guest_create_place(const Daemon &daemon)
 {
     auto peer = std::make_unique<Peer>(daemon);
     peer->hello();
-    return {std::move(peer), payload_of(dr_guest_create{0, 4}), {}};
+    return {std::move(peer), payload_of(new_guest(4)), {}};
 }
 
 Place memory_add_place(const Daemon &daemon)
@@ -107,7 +107,8 @@ INSTANTIATE_TEST_SUITE_P(
                     RequestCase{DR_MEMORY_ADD, memory_add_place}, RequestCase{DR_IOAS_ALLOC, ioas_alloc_place},
                     RequestCase{DR_HWPT_ALLOC, hwpt_alloc_place}, RequestCase{DR_RING_GET, ring_get_place},
                     RequestCase{DR_DESTROY, destroy_place}, RequestCase{DR_DEVICE_ATTACH, device_attach_place},
-                    RequestCase{DR_DEVICE_DETACH, device_detach_place}),
+                    RequestCase{DR_DEVICE_DETACH, device_detach_place},
+                    RequestCase{DR_GUEST_DESTROY, ioas_alloc_place}),
     [](const auto &tested) { return "Number" + std::to_string(tested.param.request); });
 
 TEST_P(ServiceRequest, IsHeldToItsSizeAndDoneAfterRefusals)
@@ -134,7 +135,8 @@ TEST_P(ServiceRequest, IsRefusedOnAConnectionOfAnotherKind)
     RawGuest front_end(daemon);
     RawDevice device(daemon);
     device.get<dr_device>(DR_DEVICE_ATTACH, device.request());
-    const std::set<dr_request> of_front_ends{DR_MEMORY_ADD, DR_IOAS_ALLOC, DR_HWPT_ALLOC, DR_RING_GET, DR_DESTROY};
+    const std::set<dr_request> of_front_ends{DR_MEMORY_ADD, DR_IOAS_ALLOC, DR_HWPT_ALLOC,
+                                             DR_RING_GET,   DR_DESTROY,    DR_GUEST_DESTROY};
     if (of_front_ends.count(GetParam().request) != 0 || GetParam().request == DR_GUEST_CREATE) {
         expect_refused(device.call_bytes(GetParam().request, place.payload), EPROTO);
     }
@@ -150,16 +152,16 @@ TEST(ServiceGuestCreate, WantsAPowerOfTwoOfEntries)
     peer.hello();
     for (const std::uint32_t entries : {0u, 1u, 3u, 100u, 8192u, 1u << 31, UINT32_MAX}) {
         SCOPED_TRACE(entries);
-        expect_refused(peer.call(DR_GUEST_CREATE, dr_guest_create{0, entries}), EINVAL);
+        expect_refused(peer.call(DR_GUEST_CREATE, new_guest(entries)), EINVAL);
     }
-    expect_done(peer.call(DR_GUEST_CREATE, dr_guest_create{0, DR_COMMAND_CAPACITY_MAX}));
+    expect_done(peer.call(DR_GUEST_CREATE, new_guest(DR_COMMAND_CAPACITY_MAX)));
 }
 
 TEST(ServiceGuestCreate, OneForAConnection)
 {
     Daemon daemon;
     RawGuest guest(daemon);
-    expect_refused(guest.call(DR_GUEST_CREATE, dr_guest_create{0, 4}), EBUSY);
+    expect_refused(guest.call(DR_GUEST_CREATE, new_guest(4)), EBUSY);
 }
 
 TEST(ServiceGuestCreate, GivesEachGuestTokensOfItsOwn)
@@ -167,9 +169,24 @@ TEST(ServiceGuestCreate, GivesEachGuestTokensOfItsOwn)
     Daemon daemon;
     RawGuest a(daemon);
     RawGuest b(daemon);
-    std::set<Bytes> tokens{bytes_of(a.info.token), bytes_of(b.info.token), bytes_of(a.info.secret),
-                           bytes_of(b.info.secret), Bytes(DR_TOKEN_BYTES)};
+    std::set<Bytes> tokens{bytes_of(a.info.token), bytes_of(b.info.token), bytes_of(a.created.secret),
+                           bytes_of(b.created.secret), Bytes(DR_TOKEN_BYTES)};
     EXPECT_EQ(tokens.size(), 5u);
+}
+
+TEST(ServiceGuestCreate, WantsASecretAndFlagsThatItKnows)
+{
+    Daemon daemon;
+    Peer peer(daemon);
+    peer.hello();
+    dr_guest_create request = new_guest(4);
+    request.flags = 4;
+    expect_refused(peer.call(DR_GUEST_CREATE, request), EINVAL);
+    request.flags = DR_GUEST_TAKE;
+    expect_refused(peer.call(DR_GUEST_CREATE, request), ENOENT);
+    request = {};
+    request.command_entries = 4;
+    expect_refused(peer.call(DR_GUEST_CREATE, request), EINVAL);
 }
 
 TEST(ServiceMemoryAdd, WantsWholePagesThatDoNotWrap)
@@ -373,7 +390,7 @@ TEST(ServiceDeviceAttach, WantsTheTokenOfAGuest)
         expect_refused(device.call(DR_DEVICE_ATTACH, request), EACCES);
     }
     dr_device_attach request = device.request();
-    std::memcpy(request.token, device.guest.info.secret, sizeof request.token);
+    std::memcpy(request.token, device.guest.created.secret, sizeof request.token);
     expect_refused(device.call(DR_DEVICE_ATTACH, request), EACCES);
     expect_done(device.call(DR_DEVICE_ATTACH, device.request()));
 }
@@ -389,7 +406,7 @@ TEST(ServiceDeviceAttach, WantsAnHwptOfThatGuest)
     }
 }
 
-TEST(ServiceDeviceAttach, WantsOneTo64Threads)
+TEST(ServiceDeviceAttach, WantsOneTo64ThreadsAndAKey)
 {
     Daemon daemon;
     RawDevice device(daemon);
@@ -399,6 +416,9 @@ TEST(ServiceDeviceAttach, WantsOneTo64Threads)
         expect_refused(device.call(DR_DEVICE_ATTACH, request), EINVAL);
     }
     dr_device_attach request = device.request();
+    request.key = 0;
+    expect_refused(device.call(DR_DEVICE_ATTACH, request), EINVAL);
+    request = device.request();
     request.threads = DR_DEVICE_THREADS_MAX;
     expect_done(device.call(DR_DEVICE_ATTACH, request));
 }

@@ -59,7 +59,7 @@ struct GuestDescriptors {
     {
         Peer vmm(daemon);
         vmm.hello();
-        vmm.get<dr_guest>(DR_GUEST_CREATE, dr_guest_create{0, 4}, {}, &of_guest);
+        vmm.get<dr_guest>(DR_GUEST_CREATE, new_guest(4), {}, &of_guest);
         device.guest.get<dr_ring>(DR_RING_GET, dr_ring_get{0, device.guest.hwpt, 0}, {}, &of_ring);
         device.get<dr_device>(DR_DEVICE_ATTACH, device.request(), {}, &of_device);
     }

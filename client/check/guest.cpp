@@ -10,11 +10,12 @@ namespace dirtyring::check {
 
 // ---- the command ring ------------------------------------------------------------------------------------------------
 
-Guest::Guest(Context &context, std::uint32_t command_entries) : Peer(context), capacity_(command_entries)
+Guest::Guest(Context &context, std::uint32_t command_entries)
+    : Peer(context), created(new_guest(command_entries)), capacity_(command_entries)
 {
     hello();
     std::vector<Fd> fds;
-    info = get<dr_guest>(DR_GUEST_CREATE, dr_guest_create{0, command_entries}, {}, &fds, 4);
+    info = get<dr_guest>(DR_GUEST_CREATE, created, {}, &fds, 4);
     front_end_fd = std::move(fds[0]);
     service_fd = std::move(fds[1]);
     kick_event = std::move(fds[2]);
@@ -189,6 +190,7 @@ dr_device_attach TrackedGuest::attach_request() const
     r.hwpt = hwpt;
     r.flags = DR_DEVICE_CAN_TRACK;
     r.threads = 1;
+    r.key = new_key();
     std::memcpy(r.token, info.token, sizeof r.token);
     return r;
 }

@@ -116,6 +116,7 @@ class Guest : public Peer
     [[nodiscard]] dr_ring_consumer &submission_consumer() const { return *service_map.as<dr_ring_consumer>(0); }
     [[nodiscard]] dr_ring_producer &completion_region() const { return *service_map.as<dr_ring_producer>(DR_PAGE); }
 
+    dr_guest_create created;
     dr_guest info{};
     Fd front_end_fd;
     Fd service_fd;

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <random>
 #include <vector>
 
 namespace dirtyring::check {
@@ -43,6 +44,24 @@ template <class T> Bytes payload_of(T value)
     value.size = sizeof value;
     const auto *first = reinterpret_cast<const std::byte *>(&value);
     return {first, first + sizeof value};
+}
+
+// A request for a guest of its own.
+inline dr_guest_create new_guest(std::uint32_t entries)
+{
+    std::random_device random;
+    dr_guest_create request{};
+    request.command_entries = entries;
+    for (std::uint8_t &byte : request.secret)
+        byte = static_cast<std::uint8_t>(random());
+    return request;
+}
+
+// Of a device that no other is.
+inline std::uint64_t new_key()
+{
+    std::random_device random;
+    return std::uint64_t{random()} << 32 | random() | 1;
 }
 
 const char *request_name(std::uint32_t request);

@@ -17,7 +17,7 @@ struct Shape {
     std::size_t size;
     std::size_t fds;
 };
-constexpr std::array<Shape, 10> shapes{{{0, 0},
+constexpr std::array<Shape, 11> shapes{{{0, 0},
                                         {sizeof(dr_hello), 0},
                                         {sizeof(dr_guest_create), 0},
                                         {sizeof(dr_memory_region), 1},
@@ -26,6 +26,7 @@ constexpr std::array<Shape, 10> shapes{{{0, 0},
                                         {sizeof(dr_ring_get), 0},
                                         {sizeof(dr_object), 0},
                                         {sizeof(dr_device_attach), 0},
+                                        {sizeof(dr_empty), 0},
                                         {sizeof(dr_empty), 0}}};
 
 } // namespace

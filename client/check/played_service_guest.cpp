@@ -105,6 +105,8 @@ Answer PlayedGuest::answer(Request &request)
         return alloc_hwpt(request.as<dr_hwpt_alloc>());
     case DR_RING_GET:
         return get_ring(request.as<dr_ring_get>());
+    case DR_GUEST_DESTROY:
+        return answer_of(dr_empty{}); // and the program is about to go
     default:
         return destroy(request.as<dr_object>().id);
     }
@@ -114,6 +116,10 @@ Answer PlayedGuest::create_guest(const dr_guest_create &request)
 {
     if (kind != Kind::greeted)
         throw Refuse{EBUSY, "this connection has a guest"};
+    if (std::all_of(std::begin(request.secret), std::end(request.secret), [](auto byte) { return byte == 0; }))
+        throw Refuse{EINVAL, "a secret of zeroes"};
+    if (request.flags != 0)
+        throw Refuse{ENOENT, "the kit plays a service without a guest"};
     if (submissions_)
         throw Refuse{ENOSPC, "the kit plays one guest"};
     const std::uint64_t entries = request.command_entries;
@@ -133,7 +139,6 @@ Answer PlayedGuest::create_guest(const dr_guest_create &request)
     kind = Kind::front_end;
     guest_.command_entries = request.command_entries;
     std::memset(guest_.token, 0x5a, sizeof guest_.token);
-    std::memset(guest_.secret, 0xa5, sizeof guest_.secret);
     std::vector<Fd> fds;
     fds.push_back(copy_of(front_end_.fd));
     fds.push_back(read_only(service_));

@@ -46,7 +46,7 @@ PlayedHwpt::PlayedHwpt(Stage &stage, Leaves leaves)
 void PlayedHwpt::build(Leaves leaves)
 {
     const iommu::Tables t = tables();
-    first_ = iommu::first_table(geometry_, 0) + iommu::top_words(geometry_.slice_lg2);
+    first_ = iommu::first_table(geometry_, 0) + iommu::first_number(geometry_.slice_lg2, 1);
     constexpr iommu::Rights both{true, true};
     if (leaves == Leaves::one_of_1_gib) {
         root() = AmdV1::leaf(oa_base, 2, both);

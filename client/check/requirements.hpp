@@ -63,8 +63,8 @@ inline constexpr Requirement requirements[] = {
      "an attached device."},
     {"O-1", Role::service, "The service MUST refuse a GUEST_CREATE whose `command_entries` is no power of two from "
      "`DR_COMMAND_CAPACITY_MIN` = 2 to `DR_COMMAND_CAPACITY_MAX` = 4096 with EINVAL."},
-    {"O-2", Role::service, "The service MUST give each guest a token and a secret of `DR_TOKEN_BYTES` = 16 bytes "
-     "that no other guest has."},
+    {"O-2", Role::service, "The service MUST give each guest a token of `DR_TOKEN_BYTES` = 16 bytes that no "
+     "other guest has."},
     {"O-3", Role::service, "The service MUST refuse a MEMORY_ADD with the errno that control.h lists for it: EINVAL, "
      "EEXIST, ENOSPC, EBUSY or EBADF."},
     {"O-4", Role::service, "The service MUST refuse a HWPT_ALLOC with the errno that control.h lists for it: ENOENT, "
@@ -87,11 +87,19 @@ inline constexpr Requirement requirements[] = {
      "inside a section or holds a pin."},
     {"O-14", Role::service, "The service MUST know the cells of a device to every walker of its hwpt before it "
      "answers DEVICE_ATTACH."},
-    {"O-15", Role::service, "The service MUST forget a guest when the connection of its front-end closes: its token "
-     "is refused with EACCES from then on."},
+    {"O-15", Role::service, "The service MUST forget a guest when the connection of its front-end has closed and "
+     "`linger_ms` have passed without a successor: its token is refused with EACCES from then on."},
     {"O-16", Role::service, "The service MUST hang up on the devices of a guest that is gone."},
-    {"E-1", Role::front_end, "A front-end MUST take everything that it tracks for dirty when its connection ends, "
-     "for its guest ended with it."},
+    {"O-17", Role::service, "The service MUST answer a GUEST_CREATE with the secret of a guest as it answered the "
+     "first, with the guest's token and descriptors, and hang up on the front-end that had it."},
+    {"O-18", Role::service, "The service MUST refuse with ENOENT a GUEST_CREATE that has a flag and a secret that no "
+     "guest has."},
+    {"O-19", Role::service, "The service MUST answer a MEMORY_ADD, IOAS_ALLOC, HWPT_ALLOC or DESTROY that comes again "
+     "with the sequence of the last that it did as it answered that one, and do nothing."},
+    {"O-20", Role::service, "The service MUST take a DEVICE_ATTACH with the key of a device of the same process for "
+     "that device."},
+    {"O-21", Role::service, "The service MUST forget a guest at GUEST_DESTROY, whatever its `linger_ms`."},
+    {"E-1", Role::front_end, "A front-end MUST take everything that it tracks for dirty when its guest is gone."},
     {"S-1", Role::service, "The service MUST seal each region that it hands out against shrinking, growing and "
      "further seals."},
     {"S-2", Role::service, "The service MUST give each region mode 0600 and hand out those marked (ro) by a "

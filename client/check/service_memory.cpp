@@ -139,13 +139,16 @@ void scribbles(Context &c)
     Device device(c, guest);
     const dr_translation_header &h = device.geometry();
     std::mt19937_64 random(3);
-    const std::uint64_t known = iommu::first_table(h, 0);
+    // The first tables of some level, and some beyond.
+    const auto known = [&] {
+        return iommu::first_table(h, 0) + iommu::first_number(h.slice_lg2, static_cast<unsigned>(random() % 3));
+    };
     const auto at = [&](std::uint64_t offset) -> std::uint64_t & { return *device.tables.as<std::uint64_t>(offset); };
     Pages reported;
     for (int i = 0; i < 2000; ++i) {
-        at(h.table_bits + known / 64 * 8) = random();
-        at(h.line_words + (known + random() % 8) * 8) = random();
-        at(h.table_pages + (known + random() % 4) * page + random() % 512 * 8) = random();
+        at(h.table_bits + known() / 64 * 8) = random();
+        at(h.line_words + (known() + random() % 8) * 8) = random();
+        at(h.table_pages + (known() + random() % 4) * page + random() % 512 * 8) = random();
         at(h.table_pages + random() % 2 * page + random() % 512 * 8) = random();
         device.ring_doorbell();
         if (i % 100 == 0)

@@ -35,8 +35,8 @@ void order(Context &c)
     Peer peer(c);
     Bytes all = Peer::message(DR_HELLO, payload_of(dr_hello{0, DR_PROTOCOL_VERSION, 0}), 1);
     for (const Bytes &next :
-         {Peer::message(DR_GUEST_CREATE, payload_of(dr_guest_create{0, 4}), 2),
-          Peer::message(1000, payload_of(dr_empty{}), 3), Peer::message(DR_IOAS_ALLOC, payload_of(dr_empty{}), 4)})
+         {Peer::message(DR_GUEST_CREATE, payload_of(new_guest(4)), 2), Peer::message(1000, payload_of(dr_empty{}), 3),
+          Peer::message(DR_IOAS_ALLOC, payload_of(dr_empty{}), 4)})
         all.insert(all.end(), next.begin(), next.end());
     peer.send(all);
     peer.receive(DR_HELLO, 1, sizeof(dr_hello), 0);
@@ -115,7 +115,7 @@ void sizes(Context &c)
     Peer peer(c);
     const Fd memory = memory_file(page);
     hold_to_size(c, peer, DR_HELLO, dr_hello{0, DR_PROTOCOL_VERSION, DR_FEATURES_ALL});
-    const auto guest = hold_to_size(c, peer, DR_GUEST_CREATE, dr_guest_create{0, 4}).as<dr_guest>();
+    const auto guest = hold_to_size(c, peer, DR_GUEST_CREATE, new_guest(4)).as<dr_guest>();
     hold_to_size(c, peer, DR_MEMORY_ADD, dr_memory_region{0, 0, 0, page, 0}, {memory.get()});
     const std::uint32_t ioas = hold_to_size(c, peer, DR_IOAS_ALLOC, dr_empty{}).as<dr_object>().id;
     const std::uint32_t hwpt = hold_to_size(c, peer, DR_HWPT_ALLOC, Guest::hwpt_request(ioas)).as<dr_hwpt>().id;
@@ -126,6 +126,7 @@ void sizes(Context &c)
     attach.hwpt = hwpt;
     attach.flags = DR_DEVICE_CAN_TRACK;
     attach.threads = 1;
+    attach.key = new_key();
     std::memcpy(attach.token, guest.token, sizeof attach.token);
     hold_to_size(c, device, DR_DEVICE_ATTACH, attach);
     hold_to_size(c, device, DR_DEVICE_DETACH, dr_empty{});
@@ -201,7 +202,7 @@ void kinds(Context &c)
                        fmt::format("{} on a device", request_name(request)));
     guest.refused("H-6", DR_DEVICE_ATTACH, guest.attach_request(), EPROTO, "on a front-end");
     guest.refused("H-6", DR_DEVICE_DETACH, dr_empty{}, EPROTO, "on a front-end");
-    guest.refused("H-7", DR_GUEST_CREATE, dr_guest_create{0, 4}, EBUSY, "on a front-end");
+    guest.refused("H-7", DR_GUEST_CREATE, new_guest(4), EBUSY, "on a front-end");
     device.refused("H-7", DR_DEVICE_ATTACH, guest.attach_request(), EBUSY, "on an attached device");
     device.detach();
     device.refused("H-6", DR_DEVICE_DETACH, dr_empty{}, EPROTO, "a second one");

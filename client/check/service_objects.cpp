@@ -3,7 +3,9 @@
 #include "client/check/service_checks.hpp"
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <cstring>
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -16,16 +18,15 @@ void guests(Context &c)
     Peer peer(c);
     peer.hello();
     for (const std::uint32_t entries : {0u, 1u, 3u, 100u, DR_COMMAND_CAPACITY_MAX * 2, UINT32_MAX})
-        peer.refused("O-1", DR_GUEST_CREATE, dr_guest_create{0, entries}, EINVAL, fmt::format("{} entries", entries));
-    std::set<std::string> secrets{std::string(DR_TOKEN_BYTES, '\0')};
+        peer.refused("O-1", DR_GUEST_CREATE, new_guest(entries), EINVAL, fmt::format("{} entries", entries));
+    std::set<std::string> tokens{std::string(DR_TOKEN_BYTES, '\0')};
     constexpr int count = 4;
     for (int i = 0; i < count; ++i) {
         const Guest guest(c, i % 2 == 0 ? DR_COMMAND_CAPACITY_MIN : DR_COMMAND_CAPACITY_MAX);
-        secrets.emplace(reinterpret_cast<const char *>(guest.info.token), DR_TOKEN_BYTES);
-        secrets.emplace(reinterpret_cast<const char *>(guest.info.secret), DR_TOKEN_BYTES);
+        tokens.emplace(reinterpret_cast<const char *>(guest.info.token), DR_TOKEN_BYTES);
     }
-    c.expect(secrets.size() == 2 * count + 1, "O-2", fmt::format("tokens and secrets of {} guests", count),
-             fmt::format("{} that differ and are not zero", secrets.size() - 1), fmt::format("{}", 2 * count));
+    c.expect(tokens.size() == count + 1, "O-2", fmt::format("tokens of {} guests", count),
+             fmt::format("{} that differ and are not zero", tokens.size() - 1), fmt::format("{}", count));
 }
 
 void memory(Context &c)
@@ -165,7 +166,7 @@ void attach(Context &c)
     };
     refused(EACCES, "a wrong token", [](auto &r) { r.token[0] ^= 1; });
     refused(EACCES, "the secret for a token",
-            [&](auto &r) { std::memcpy(r.token, guest.info.secret, sizeof r.token); });
+            [&](auto &r) { std::memcpy(r.token, guest.created.secret, sizeof r.token); });
     refused(ENOENT, "the id of an ioas", [&](auto &r) { r.hwpt = guest.ioas; });
     refused(EINVAL, "no thread", [](auto &r) { r.threads = 0; });
     refused(EINVAL, "65 threads", [](auto &r) { r.threads = DR_DEVICE_THREADS_MAX + 1; });
@@ -206,6 +207,75 @@ void life(Context &c)
              error == 0 ? "it was done" : fmt::format("refused with {}", error_name(error)), "EACCES");
 }
 
+// A successor, or the same front-end whose connection broke.
+void takeover(Context &c)
+{
+    TrackedGuest guest(c);
+    dr_guest_create request = new_guest(4);
+    for (const std::uint32_t flag : {DR_GUEST_TAKE, DR_GUEST_AGAIN}) {
+        Peer stranger(c);
+        stranger.hello();
+        request.flags = flag;
+        stranger.refused("O-18", DR_GUEST_CREATE, request, ENOENT, fmt::format("flag {:#x}, nobody's secret", flag));
+    }
+    Peer successor(c);
+    successor.hello();
+    request = guest.created;
+    request.flags = DR_GUEST_TAKE;
+    const auto info = successor.get<dr_guest>(DR_GUEST_CREATE, request, {}, nullptr, 4);
+    c.expect(std::memcmp(info.token, guest.info.token, sizeof info.token) == 0, "O-17", "a guest that is taken over",
+             "another token", "its token");
+    c.expect(guest.hangs_up(), "O-17", "the front-end whose guest was taken over", c.nothing(),
+             "the connection closed");
+
+    // The reply is lost, and the request comes again.
+    const auto twice = [&](dr_request number, const Bytes &payload, std::uint32_t sequence, std::size_t required) {
+        std::array<Reply, 2> replies;
+        for (Reply &reply : replies) {
+            successor.send(Peer::message(number, payload, sequence));
+            reply = successor.receive(number, sequence, required, 0);
+        }
+        c.expect(replies[0].payload == replies[1].payload && replies[0].error() == 0, "O-19",
+                 fmt::format("{} twice with one sequence", request_name(number)), replies[1].outcome(),
+                 replies[0].outcome());
+        return std::move(replies[0]);
+    };
+    const auto ioas =
+        twice(DR_IOAS_ALLOC, payload_of(dr_empty{}), info.sequence + 1, sizeof(dr_object)).as<dr_object>();
+    twice(DR_DESTROY, payload_of(ioas), info.sequence + 2, sizeof(dr_empty));
+}
+
+// Its connection is closed and its process goes on.
+void returns(Context &c)
+{
+    TrackedGuest guest(c);
+    const dr_device_attach request = guest.attach_request();
+    std::array<dr_device, 2> devices;
+    for (dr_device &device : devices) {
+        Peer peer(c);
+        peer.hello();
+        const Reply reply = peer.call(DR_DEVICE_ATTACH, request);
+        c.need(!reply.refused(), "O-20", "DEVICE_ATTACH", reply.outcome(), "it done");
+        device = reply.as<dr_device>();
+    }
+    c.expect(devices[0].id == devices[1].id, "O-20", "DEVICE_ATTACH again with one key",
+             fmt::format("device {}", devices[1].id), fmt::format("device {}", devices[0].id));
+}
+
+void destroys(Context &c)
+{
+    dr_guest_create request = new_guest(4);
+    request.linger_ms = 60'000;
+    Peer front_end(c);
+    front_end.hello();
+    front_end.get<dr_guest>(DR_GUEST_CREATE, request, {}, nullptr, 4);
+    front_end.get<dr_empty>(DR_GUEST_DESTROY, dr_empty{});
+    request.flags = DR_GUEST_TAKE;
+    Peer late(c);
+    late.hello();
+    late.refused("O-21", DR_GUEST_CREATE, request, ENOENT, "the secret of a guest that was destroyed");
+}
+
 const Check checks[] = {
     {"guests", guests, {"O-1", "O-2"}},
     {"MEMORY_ADD", memory, {"O-3"}},
@@ -214,6 +284,9 @@ const Check checks[] = {
     {"commands in flight at a DESTROY", in_flight, {"O-11", "Q-17"}},
     {"DEVICE_ATTACH and DEVICE_DETACH", attach, {"O-12", "O-13"}},
     {"the end of a guest", life, {"O-15", "O-16"}},
+    {"a guest taken over", takeover, {"O-17", "O-18", "O-19"}},
+    {"a device that comes back", returns, {"O-20"}},
+    {"GUEST_DESTROY", destroys, {"O-21"}},
 };
 
 } // namespace

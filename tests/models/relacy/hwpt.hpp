@@ -32,6 +32,7 @@ struct Memory {
     alignas(DR_PAGE) dr_ring_producer producer;
     std::uint64_t entries[16];
     alignas(DR_PAGE) dr_ring_consumer consumer;
+    alignas(DR_PAGE) std::byte record[4 * page_size]; // its first extents
     alignas(DR_PAGE) std::byte guest[pages * page_size];
 
     [[nodiscard]] std::uint64_t &guest_word(std::uint64_t oa)
@@ -48,19 +49,22 @@ struct Memory {
     }
     [[nodiscard]] iommu::Tables view() { return {tables, geometry}; }
 
-    // The first tables that a slice takes are the one of level 1 and that of the first 2 MiB.
+    // The tables of the first GiB and of its first 2 MiB.
     static constexpr std::uint64_t first = iommu::first_table(geometry, 0);
-    static constexpr std::uint64_t middle = first + 1;
-    static constexpr std::uint64_t lowest = first + 2;
-    [[nodiscard]] std::uint64_t &table_bits() { return view().table_bits(first / 64); }
+    static constexpr std::uint64_t middle = first + iommu::first_number(geometry.slice_lg2, 1);
+    static constexpr std::uint64_t lowest = first + iommu::first_number(geometry.slice_lg2, 0);
+    [[nodiscard]] std::uint64_t &table_bits() { return view().table_bits(lowest / 64); }
     [[nodiscard]] std::uint64_t &line_word(std::uint64_t table = lowest) { return view().line_word(table); }
     [[nodiscard]] std::uint64_t &leaf(std::uint64_t index = 0) { return view().entries(lowest)[index]; }
 };
 inline Memory memory;
 
 struct Op final : service::ShardOp {
+    Op() { note = &note_word; }
+    Op(const Op &) = delete;
     void done() override { over = true; }
     bool over = false;
+    std::uint64_t note_word = 0;
 };
 
 struct HwptOptions {
@@ -103,7 +107,8 @@ class Hwpt
         config.producer = &memory.producer;
         config.consumer = &memory.consumer;
         config.min_interval_ns = options.min_interval_ns;
-        config.make_present = [](std::uint64_t, std::uint64_t) { return 0; };
+        config.backing = {[](std::uint64_t, std::uint64_t) { return 0; }, [](std::uint64_t, std::uint64_t) {}};
+        config.record = {memory.record, geometry, [](std::uint64_t, std::uint64_t) { return 0; }};
         config.call = [this] { ++calls; };
         shard = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
         for (unsigned i = 0; i < options.devices; ++i) {

@@ -18,7 +18,7 @@ class Summary : public Execution<Summary, 3>
         hwpt.enable();
         for (unsigned i = 0; i < 2; ++i)
             hwpt.read(i, i * page_size);
-        memory.table_bits() |= 1ull << (Memory::lowest - Memory::first);
+        memory.table_bits() |= 1ull << (Memory::lowest % 64);
         hwpt.share();
     }
 

@@ -1,0 +1,274 @@
+// Devices: how they attach, leave, and die; and the processes of devices and front-ends.
+#include "service/control.hpp"
+
+#include "iommu/fault.hpp"
+#include "service/peer_fds.hpp"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <poll.h>
+#include <utility>
+
+namespace dirtyring::service {
+
+namespace {
+
+struct Answer {
+    dr_device payload{};
+    std::vector<ring::Fd> fds;
+};
+
+// What a device gets of its guest.
+Result<Answer> answer_for(const Guest &guest, const Hwpt &hwpt, const Device &device)
+{
+    Answer answer;
+    answer.payload.id = device.slot->id;
+    Collector fds;
+    fds.add(duplicate(hwpt.tables.fd.get()));
+    fds.add(read_only(hwpt.translation));
+    fds.add(duplicate(device.cells.fd.get()));
+    for (const ShardHome &s : hwpt.shards) {
+        fds.add(duplicate(s.doorbell.get()));
+        ++answer.payload.shards;
+    }
+    for (const MemoryRegion &m : guest.memory) {
+        fds.add(duplicate(m.fd.get()));
+        answer.payload.region[answer.payload.regions++] = {m.oa, m.length, m.offset};
+    }
+    if (!fds.ok())
+        return tl::unexpected(fds.ok().error());
+    answer.fds = fds.take();
+    return answer;
+}
+
+Result<void> check(const dr_device_attach &request, const Hwpt &hwpt, std::uint64_t features)
+{
+    if (request.threads == 0 || request.threads > DR_DEVICE_THREADS_MAX ||
+        (request.flags & ~DR_DEVICE_CAN_TRACK) != 0 || request.reserved != 0 || request.key == 0)
+        return refusal(EINVAL,
+                       fmt::format("threads is {} (expected 1 to {}), flags {:#x} (known {:#x}), reserved {} (expected "
+                                   "0), key {:#x} (expected a random number, not 0)",
+                                   request.threads, DR_DEVICE_THREADS_MAX, request.flags, DR_DEVICE_CAN_TRACK,
+                                   request.reserved, request.key));
+    if (request.pins > DR_DEVICE_PINS_MAX / request.threads)
+        return refusal(EINVAL, fmt::format("{} threads with {} pins each, expected at most {} pins in all",
+                                           request.threads, request.pins, DR_DEVICE_PINS_MAX));
+    if (hwpt.tracks && (request.flags & DR_DEVICE_CAN_TRACK) == 0)
+        return refusal(
+            EINVAL, fmt::format("the device cannot set Dirty bits, and hwpt {} requires dirty tracking", request.hwpt));
+    if (hwpt.tracks && (features & DR_FEATURE_SUMMARY) == 0)
+        return refusal(EOPNOTSUPP, "the device did not offer the summary feature, which dirty tracking needs");
+    return {};
+}
+
+} // namespace
+
+void Control::device_attach(Connection &c)
+{
+    dr_device_attach request{};
+    if (!read(c, request))
+        return;
+    const auto found = guests_.find(std::to_array(request.token));
+    if (found == guests_.end())
+        return refuse(c.id, {EACCES, "no guest has this token"});
+    const std::shared_ptr<Guest> guest = found->second;
+    const auto hwpt = guest->hwpts.find(request.hwpt);
+    if (hwpt == guest->hwpts.end())
+        return refuse(c.id, {ENOENT, fmt::format("there is no hwpt {}", request.hwpt)});
+    if (refused(c.id, check(request, *hwpt->second, c.features)))
+        return;
+    auto process = peer_process(c.socket.get());
+    if (refused(c.id, process))
+        return;
+    const auto before = std::find_if(guest->devices.begin(), guest->devices.end(),
+                                     [&](const auto &d) { return d.second->slot->key == request.key; });
+    if (before != guest->devices.end())
+        attach_again(c, guest, *before->second, request, *process);
+    else
+        attach(c, guest, request, std::move(*process));
+}
+
+// The device has lost its connection, or its reply.
+void Control::attach_again(Connection &c, const std::shared_ptr<Guest> &guest, const Device &device,
+                           const dr_device_attach &request, const Process &process)
+{
+    const DeviceSlot &slot = *device.slot;
+    // A process of this number may be another one by now.
+    if (slot.pid != process.pid || device.leaving || has_ended(device.pidfd))
+        return refuse(c.id, {EBUSY, fmt::format("process {} has device {} of this key", slot.pid, slot.id)});
+    if (slot.hwpt != request.hwpt || slot.threads != request.threads || slot.pins != request.pins)
+        return refuse(c.id, {EINVAL, fmt::format("device {} of this key is attached to hwpt {} with {} threads of {} "
+                                                 "pins",
+                                                 slot.id, slot.hwpt, slot.threads, slot.pins)});
+    auto answer = answer_for(*guest, *guest->hwpts.at(slot.hwpt), device);
+    if (refused(c.id, answer))
+        return;
+    for (auto &[id, other] : connections_) {
+        if (other->role == Connection::Role::device && other->device_guest == guest->token() &&
+            other->device == slot.id)
+            dismiss(*other);
+    }
+    c.role = Connection::Role::device;
+    c.device_guest = guest->token();
+    c.device = slot.id;
+    reply(c.id, answer->payload, std::move(answer->fds));
+    spdlog::info("connection {}: device {} of process {} is back", c.id, slot.id, slot.pid);
+}
+
+void Control::attach(Connection &c, const std::shared_ptr<Guest> &guest, const dr_device_attach &request,
+                     Process process)
+{
+    DeviceSlot *slot = free_slot(guest->record->devices);
+    if (slot == nullptr)
+        return refuse(c.id, {ENOSPC, fmt::format("a guest has at most {} devices", devices_max)});
+    *slot = {slot_free,  guest->record->new_id(), request.hwpt, process.pid, request.threads, request.pins, 0,
+             request.key};
+    Hwpt &hwpt = *guest->hwpts.at(request.hwpt);
+    Holdings holdings(store_, Holdings::Way::in);
+    if (refused(c.id, holdings.put(kept_name('Q', guest->number(), slot->id), process.pidfd.get())))
+        return;
+    auto made = Device::make(guest->number(), *slot, std::move(process.pidfd), holdings);
+    if (refused(c.id, made))
+        return;
+    const std::shared_ptr<Device> device = std::move(*made);
+    auto answer = answer_for(*guest, hwpt, *device);
+    if (refused(c.id, answer))
+        return;
+    point(Point::object_stored);
+    device->names = holdings.hold();
+    take_slot(*slot, *slot);
+    point(Point::object_recorded);
+    guest->devices.emplace(slot->id, device);
+    ++hwpt.devices;
+    c.role = Connection::Role::device;
+    c.device_guest = guest->token();
+    c.device = slot->id;
+    watch(device->pidfd, guest->token(), slot->id);
+
+    std::vector<Work> works;
+    for (const ShardHome &s : hwpt.shards)
+        works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->add(device->threads); });
+    ask(std::move(works), [this, id = c.id, out = std::make_shared<Answer>(std::move(*answer))] {
+        reply(id, out->payload, std::move(out->fds));
+    });
+    spdlog::info("connection {}: device {} of process {} attached to hwpt {}", c.id, slot->id, slot->pid, slot->hwpt);
+}
+
+void Control::device_detach(Connection &c)
+{
+    dr_empty request{};
+    if (!read(c, request))
+        return;
+    const auto found = guests_.find(c.device_guest);
+    if (found == guests_.end() || found->second->devices.count(c.device) == 0) {
+        c.role = Connection::Role::greeted;
+        return reply(c.id, dr_empty{});
+    }
+    const std::shared_ptr<Guest> guest = found->second;
+    const std::shared_ptr<Device> device = guest->devices.at(c.device);
+    for (dr_cell &cell : device->threads.cells) {
+        // Acquire: what the thread wrote in its sections is before what we do now (S1).
+        if ((std::atomic_ref(cell.count).load(std::memory_order_acquire) & 1) != 0)
+            return refuse(c.id, {EBUSY, "a DMA thread of the device is inside a section"});
+    }
+    for (dr_pin &pin : device->threads.pins) {
+        if ((std::atomic_ref(pin.count).load(std::memory_order_acquire) & 1) != 0) // P2
+            return refuse(c.id, {EBUSY, "a DMA thread of the device holds a pin"});
+    }
+    c.role = Connection::Role::greeted;
+    device->leaving = true;
+    std::vector<Work> works;
+    for (const ShardHome &s : guest->hwpts.at(device->slot->hwpt)->shards)
+        works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->remove(device->threads); });
+    ask(std::move(works), [this, id = c.id, guest, device = c.device] {
+        release(*guest, device);
+        reply(id, dr_empty{});
+    });
+    spdlog::info("connection {}: device {} detached", c.id, c.device);
+}
+
+// ---- ends --------------------------------------------------------------------------------------------------------------------
+
+void Control::watch(const ring::Fd &pidfd, const Token &guest, std::uint32_t device)
+{
+    const std::uint64_t id = next_id_++;
+    watched_.emplace(id, Watched{guest, device});
+    if (!pidfd) // whoever kept it has thrown it away, for the process was gone
+        return tell([this, id] { on_process_gone(id); });
+    io_uring_sqe *entry = uring_.sqe(0);
+    io_uring_prep_poll_add(entry, pidfd.get(), POLLIN);
+    entry->user_data = tag(gone, id);
+}
+
+void Control::unwatch_if(const std::function<bool(const Watched &)> &matches)
+{
+    std::erase_if(watched_, [&](const auto &w) {
+        if (!matches(w.second))
+            return false;
+        uring_.cancel_poll(tag(gone, w.first), 0);
+        return true;
+    });
+}
+
+void Control::on_process_gone(std::uint64_t watch)
+{
+    const auto watched = watched_.find(watch);
+    if (watched == watched_.end())
+        return;
+    const auto [token, id] = watched->second;
+    watched_.erase(watched);
+    const auto found = guests_.find(token);
+    if (found == guests_.end())
+        return;
+    const std::shared_ptr<Guest> guest = found->second;
+    if (id == 0)
+        return linger(guest);
+    if (const auto device = guest->devices.find(id); device != guest->devices.end())
+        on_device_gone(guest, device->second);
+}
+
+// Whatever its threads were doing, they do it no more.
+void Control::on_device_gone(const std::shared_ptr<Guest> &guest, const std::shared_ptr<Device> &device)
+{
+    const DeviceSlot &slot = *device->slot;
+    spdlog::info("device {}: process {} has ended", slot.id, slot.pid);
+    if (std::exchange(device->leaving, true))
+        return;
+    const Hwpt &hwpt = *guest->hwpts.at(slot.hwpt);
+    device->unreported = hwpt.shards.size();
+    std::vector<Work> works;
+    for (const ShardHome &s : hwpt.shards) {
+        works.emplace_back(s.owner, [this, shard = s.shard.get(), device, token = guest->token(), id = slot.id] {
+            shard->bury(device->threads, [this, token, id] { tell([this, token, id] { on_reported(token, id); }); });
+        });
+    }
+    ask(std::move(works),
+        [this, guest, id = slot.id] { end_stalls(*guest, [id](const Stall &s) { return s.device == id; }); });
+}
+
+// One shard more. Until all have, a restart must find what the device had pinned.
+void Control::on_reported(const Token &token, std::uint32_t id)
+{
+    const auto guest = guests_.find(token);
+    if (guest != guests_.end() && --guest->second->devices.at(id)->unreported == 0)
+        release(*guest->second, id);
+}
+
+// No owner knows the device's cells any more.
+void Control::release(Guest &guest, std::uint32_t id)
+{
+    const std::shared_ptr<Device> device = std::move(guest.devices.at(id));
+    guest.devices.erase(id);
+    if (const auto hwpt = guest.hwpts.find(device->slot->hwpt); hwpt != guest.hwpts.end())
+        --hwpt->second->devices;
+    unwatch_if([&](const Watched &w) { return w.guest == guest.token() && w.device == id; });
+    end_stalls(guest, [id](const Stall &s) { return s.device == id; });
+    free_slot_again(*device->slot);
+    point(Point::object_forgotten);
+    forget(store_, device->names);
+}
+
+} // namespace dirtyring::service

@@ -1,0 +1,195 @@
+#include "service/hwpt.hpp"
+
+#include "iommu/format_amdv1.hpp"
+#include "iommu/slice.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cerrno>
+#include <utility>
+
+namespace dirtyring::service {
+
+namespace {
+
+static_assert(iommu::shards_max == DR_SHARDS_MAX);
+
+// A generation is touched where something is mapped only; beyond this many bytes they come into being then.
+constexpr std::uint64_t translation_present_max = 16ull << 20;
+
+Result<void> check(const dr_hwpt_alloc &r)
+{
+    if (r.format != DR_FORMAT_AMDV1)
+        return refusal(EOPNOTSUPP, fmt::format("format {} is not known here, AMD v1 ({}) is", r.format,
+                                               static_cast<unsigned>(DR_FORMAT_AMDV1)));
+    if ((r.flags & ~DR_HWPT_DIRTY_TRACKING) != 0)
+        return refusal(EINVAL,
+                       fmt::format("flags {:#x} of the hwpt: only {:#x} is known", r.flags, DR_HWPT_DIRTY_TRACKING));
+    if (r.aperture_lg2 < iommu::aperture_lg2_min || r.aperture_lg2 > iommu::aperture_lg2_max)
+        return refusal(EINVAL, fmt::format("aperture_lg2 is {}, expected {} to {}", r.aperture_lg2,
+                                           iommu::aperture_lg2_min, iommu::aperture_lg2_max));
+    const std::uint64_t shards_max =
+        std::min<std::uint64_t>(DR_SHARDS_MAX, 1ull << (r.aperture_lg2 - iommu::largest_leaf_lg2));
+    if (!std::has_single_bit(r.shards) || r.shards > shards_max)
+        return refusal(EINVAL,
+                       fmt::format("shards is {}, expected a power of two up to {} (each slice holds 1 GiB or more)",
+                                   r.shards, shards_max));
+    if (r.leaf_lg2_max != 12 && r.leaf_lg2_max != 21 && r.leaf_lg2_max != 30)
+        return refusal(EINVAL, fmt::format("leaf_lg2_max is {}, expected 12, 21 or 30", r.leaf_lg2_max));
+    if (r.space != DR_SPACE_IOVA && r.space != DR_SPACE_OA)
+        return refusal(EINVAL, fmt::format("space is {}, expected 0 (iova) or 1 (oa)", r.space));
+    if (!std::has_single_bit(r.ring_entries) || r.ring_entries < DR_CAPACITY_MIN || r.ring_entries > DR_CAPACITY_MAX)
+        return refusal(EINVAL, fmt::format("ring_entries is {}, expected a power of two from {} to {}", r.ring_entries,
+                                           DR_CAPACITY_MIN, DR_CAPACITY_MAX));
+    return {};
+}
+
+// Takes the value out of a result, or says why there is none.
+template <class T> Result<void> move_to(T &to, Result<T> from)
+{
+    if (!from)
+        return tl::unexpected(std::move(from.error()));
+    to = std::move(*from);
+    return {};
+}
+
+} // namespace
+
+Result<std::unique_ptr<Hwpt>> Hwpt::make(const HwptPlan &plan, const std::vector<Walker *> &owners, Holdings &holdings)
+{
+    const dr_hwpt_alloc &request = plan.request;
+    if (auto ok = check(request); !ok)
+        return tl::unexpected(ok.error());
+    auto hwpt = std::make_unique<Hwpt>();
+    hwpt->tracks = (request.flags & DR_HWPT_DIRTY_TRACKING) != 0;
+    hwpt->geometry = iommu::make_geometry(request.format, request.aperture_lg2, request.shards);
+    if (auto ok = hwpt->make_regions(plan, holdings); !ok)
+        return tl::unexpected(ok.error());
+    for (std::uint32_t i = 0; i < request.shards; ++i) {
+        if (auto ok = hwpt->make_shard_home(plan, i, *owners[i % owners.size()], holdings); !ok)
+            return tl::unexpected(ok.error());
+    }
+    if (!holdings.restored()) {
+        auto *header = hwpt->translation.map.as<dr_translation_header>();
+        *header = hwpt->geometry;
+        header->version = 0;
+        // Last, as R6 of the rings: who maps the region before the attach reply has brought it here sees no half header.
+        std::atomic_ref(header->version).store(hwpt->geometry.version, std::memory_order_release);
+    }
+    return hwpt;
+}
+
+Result<void> Hwpt::make_regions(const HwptPlan &plan, Holdings &holdings)
+{
+    const dr_translation_header &h = geometry;
+    const auto make = [&](ring::Region &region, char kind, const char *label, std::uint64_t size) {
+        return move_to(region, holdings.region(kept_name(kind, plan.guest, plan.id), label, size, ring::Pages::sparse));
+    };
+    const std::uint64_t record_size = iommu::SliceRecord::size(h);
+    if (auto ok = make(tables, 'T', "dirtyring-tables", h.tables_size); !ok)
+        return ok;
+    if (auto ok = make(translation, 'X', "dirtyring-translation", h.translation_size); !ok)
+        return ok;
+    if (auto ok = make(records, 'R', "dirtyring-slice-records", h.shards * record_size); !ok)
+        return ok;
+    if (holdings.restored())
+        return {};
+    bool present = tables.make_present(h.table_pages, h.top_tables << iommu::table_size_lg2) == 0 &&
+                   translation.make_present(0, std::min(h.translation_size, translation_present_max)) == 0;
+    for (std::uint32_t i = 0; i < h.shards; ++i)
+        present = present && records.make_present(i * record_size, DR_PAGE) == 0;
+    if (!present)
+        return refusal(ENOMEM, "no memory for the top tables and generations");
+    iommu::make_top_tables<iommu::AmdV1>(h, iommu::Tables(tables.map.data(), h));
+    auto *controls = translation.map.as<dr_shard_control>(h.shard_controls);
+    for (std::uint32_t i = 0; i < h.shards; ++i)
+        controls[i].first_table = iommu::first_table(h, i);
+    return {};
+}
+
+Result<void> Hwpt::make_shard_home(const HwptPlan &plan, std::uint32_t index, Walker &owner, Holdings &holdings)
+{
+    const dr_hwpt_alloc &request = plan.request;
+    const dr_translation_header &h = geometry;
+    const auto name = [&](char kind) { return kept_name(kind, plan.guest, plan.id, index); };
+    ShardHome &home = shards.emplace_back();
+    home.owner = &owner;
+    if (auto ok = move_to(home.doorbell, holdings.eventfd(name('B'))); !ok)
+        return ok;
+    if (auto ok = move_to(home.call, holdings.eventfd(name('C'))); !ok)
+        return ok;
+    if (tracks) {
+        const std::uint64_t size = ring::producer_region_size(request.ring_entries, sizeof(std::uint64_t));
+        if (auto ok =
+                move_to(home.producer, holdings.region(name('H'), "dirtyring-producer", size, ring::Pages::present));
+            !ok)
+            return ok;
+        if (auto ok = move_to(home.consumer, holdings.region(name('U'), "dirtyring-consumer", sizeof(dr_ring_consumer),
+                                                             ring::Pages::present));
+            !ok)
+            return ok;
+        auto *producer = home.producer.map.as<dr_ring_producer>();
+        if (holdings.restored()) {
+            // Release: whoever sees another session finds what the service before it has left.
+            std::atomic_ref(producer->session).store(producer->session + 1, std::memory_order_release);
+        } else {
+            dr_ring_header header{};
+            header.kind = DR_RING_DIRTY;
+            header.capacity = request.ring_entries;
+            header.entry_size = sizeof(std::uint64_t);
+            header.space = request.space;
+            header.start = std::uint64_t{index} << h.slice_lg2;
+            header.last = header.start + ((1ull << h.slice_lg2) - 1);
+            ring::make_producer_region(producer, header);
+        }
+    }
+    ShardConfig config;
+    config.tables = iommu::Tables(tables.map.data(), h);
+    config.geometry = h;
+    config.index = index;
+    config.control = translation.map.as<dr_shard_control>(h.shard_controls) + index;
+    config.generations = translation.map.as<std::uint64_t>(h.generations);
+    config.leaf_lg2_max = request.leaf_lg2_max;
+    config.producer = tracks ? home.producer.map.as<dr_ring_producer>() : nullptr;
+    config.consumer = tracks ? home.consumer.map.as<dr_ring_consumer>() : nullptr;
+    config.min_interval_ns = std::uint64_t{request.min_interval_us} * 1000;
+    config.backing.make_present = [this](std::uint64_t offset, std::uint64_t length) {
+        return tables.make_present(offset, length);
+    };
+    config.backing.give_back = [this](std::uint64_t offset, std::uint64_t length) { tables.give_back(offset, length); };
+    config.call = [&owner, fd = home.call.get()] { owner.call(fd); };
+    config.record = slice_record(index);
+    config.restored = holdings.restored();
+    config.stall_ns = plan.stall_ns;
+    config.stalled = [stalled = plan.stalled, index](const dr_cell *cell) { stalled(index, cell); };
+    home.shard = make_shard(request.format, std::move(config));
+    return {};
+}
+
+dr_hwpt Hwpt::reply() const
+{
+    return {0, slot->id, geometry.shards, geometry.slice_lg2};
+}
+
+HwptRoute Hwpt::route() const
+{
+    HwptRoute route{
+        slot->request.ioas, geometry.aperture_lg2, geometry.slice_lg2, tracks, slot->request.space == DR_SPACE_IOVA, {},
+        &slot->tracking};
+    for (const ShardHome &s : shards)
+        route.shards.push_back({s.shard.get(), s.owner});
+    return route;
+}
+
+iommu::SliceRecord Hwpt::slice_record(std::uint32_t shard) const
+{
+    const std::uint64_t at = shard * iommu::SliceRecord::size(geometry);
+    return {records.map.data() + at, geometry, [this, at](std::uint64_t offset, std::uint64_t length) {
+                return records.make_present(at + offset, length);
+            }};
+}
+
+} // namespace dirtyring::service
