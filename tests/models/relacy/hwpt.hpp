@@ -33,6 +33,7 @@ struct Memory {
     std::uint64_t entries[16];
     alignas(DR_PAGE) dr_ring_consumer consumer;
     alignas(DR_PAGE) std::byte record[4 * page_size]; // its first extents
+    std::uint64_t note;                               // of all operations
     alignas(DR_PAGE) std::byte guest[pages * page_size];
 
     [[nodiscard]] std::uint64_t &guest_word(std::uint64_t oa)
@@ -60,11 +61,9 @@ struct Memory {
 inline Memory memory;
 
 struct Op final : service::ShardOp {
-    Op() { note = &note_word; }
-    Op(const Op &) = delete;
+    Op() { note = &memory.note; }
     void done() override { over = true; }
     bool over = false;
-    std::uint64_t note_word = 0;
 };
 
 struct HwptOptions {
@@ -126,6 +125,7 @@ class Hwpt
     }
     void share_but_guest()
     {
+        words.own(memory.record, &memory.note + 1);
         words.share(memory.view().entries(0)[0]);
         words.share(memory.view().entries(Memory::middle)[0]);
         for (unsigned i = 0; i < pages; ++i)
