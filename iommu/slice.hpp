@@ -88,7 +88,7 @@ template <Format F> class Slice
     // -ENOMEM: it cannot be had, and nothing has changed.
     int reserve(std::uint64_t start, std::uint64_t end, std::uint64_t oa)
     {
-        if (record_.reserve() != 0)
+        if (begun(start) == begun_.end() && record_.reserve() != 0)
             return -ENOMEM;
         for (unsigned level = top_level + 1; level-- > 0;) {
             const unsigned span_lg2 = entry_lg2(level + 1);
@@ -106,13 +106,11 @@ template <Format F> class Slice
     // A map begins; reserved before. `continues`: it goes on from the slice before.
     void record(Extent e, bool continues)
     {
-        const auto begun =
-            std::find_if(begun_.begin(), begun_.end(), [&](const Extent &b) { return b.start == e.start; });
-        if (begun == begun_.end()) {
+        if (const auto before = begun(e.start); before == begun_.end()) {
             e.tag = record_.add(e, continues);
         } else {
-            e.tag = begun->tag;
-            begun_.erase(begun);
+            e.tag = before->tag;
+            begun_.erase(before);
         }
         extents_.insert(e);
         point(Point::map_recorded);
@@ -152,7 +150,9 @@ template <Format F> class Slice
     // An unmap comes to the slice, at its start perhaps from the one before.
     void part(std::uint64_t start)
     {
-        if (const auto e = extents_.first_in(start, start + 1); e && start == start_)
+        if (start != start_)
+            return;
+        if (const auto e = extents_.first_in(start, start + 1))
             record_.part(e->tag);
     }
 
@@ -303,6 +303,12 @@ template <Format F> class Slice
 
     static constexpr std::uint64_t granule_tables = 16;  // whose pages come and go together: 64 KiB
     static constexpr std::uint64_t tables_at_once = 512; // made present in one step: 2 MiB
+
+    // The map that a restart has interrupted and that begins at `start`.
+    [[nodiscard]] std::vector<Extent>::iterator begun(std::uint64_t start)
+    {
+        return std::find_if(begun_.begin(), begun_.end(), [&](const Extent &e) { return e.start == start; });
+    }
 
     // ---- numbers ----
 

@@ -57,8 +57,11 @@ class SliceRecord
         return extents_offset(h) + extents_max * sizeof(ExtentRecord);
     }
 
+    // Of these, the first exist from the start; what else cannot be had is found out by reserve() and make_present().
+    static constexpr std::uint64_t head_size(const dr_translation_header &h) { return linked_offset(h); }
+
     SliceRecord() = default;
-    // `base`: zeroes, or what an owner before has left. Memory that cannot be had later is found out by reserve().
+    // `base`: zeroes, or what an owner before has left.
     SliceRecord(std::byte *base, const dr_translation_header &h, MakePresent make_present)
         : extents_used_(reinterpret_cast<std::uint64_t *>(base)),
           occupied_(reinterpret_cast<std::uint64_t *>(base + page)),
@@ -82,7 +85,11 @@ class SliceRecord
         return words_;
     }
     [[nodiscard]] std::uint64_t linked_word(std::uint64_t i) const { return linked_[i]; }
-    [[nodiscard]] bool linked(std::uint64_t number) const { return (linked_[number / 64] & bit(number)) != 0; }
+    // Reads no word that is not occupied: its page may not be there.
+    [[nodiscard]] bool linked(std::uint64_t number) const
+    {
+        return (occupied_[number / 4096] & bit(number / 64)) != 0 && (linked_[number / 64] & bit(number)) != 0;
+    }
     void link(std::uint64_t number)
     {
         store(occupied_[number / 4096], occupied_[number / 4096] | bit(number / 64));
@@ -97,10 +104,7 @@ class SliceRecord
     // The bits of tables [first, first + count) can be set.
     int make_present(std::uint64_t first, std::uint64_t count)
     {
-        const std::uint64_t end = first + count;
-        if (const int error = make_present_(page + first / 512, (end + 511) / 512 - first / 512); error != 0)
-            return error;
-        return make_present_(linked_offset_ + first / 8, (end + 7) / 8 - first / 8);
+        return make_present_(linked_offset_ + first / 8, (first + count + 7) / 8 - first / 8);
     }
 
     // ---- extents ----

@@ -100,7 +100,7 @@ Result<void> Hwpt::make_regions(const HwptPlan &plan, Holdings &holdings)
     bool present = tables.make_present(h.table_pages, h.top_tables << iommu::table_size_lg2) == 0 &&
                    translation.make_present(0, std::min(h.translation_size, translation_present_max)) == 0;
     for (std::uint32_t i = 0; i < h.shards; ++i)
-        present = present && records.make_present(i * record_size, DR_PAGE) == 0;
+        present = present && records.make_present(i * record_size, iommu::SliceRecord::head_size(h)) == 0;
     if (!present)
         return refusal(ENOMEM, "no memory for the top tables and generations");
     iommu::make_top_tables<iommu::AmdV1>(h, iommu::Tables(tables.map.data(), h));

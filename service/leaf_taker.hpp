@@ -37,6 +37,8 @@ template <iommu::Format F> class LeafTaker
             budget -= std::min(budget, std::max(1u, static_cast<unsigned>(found_.size())));
             swap_out(reached, ring, taken);
         }
+        // An unmap that a restart does again finds no tables where the leaves were, and a hole larger than the range.
+        reached = std::min(reached, end);
         return taken;
     }
 
