@@ -20,8 +20,9 @@
  * When the service dies and another worker takes its place, connections break and nothing else does: regions, eventfds, rings and
  * what is in them stay. Until its process ends, nobody has to hurry: who needs the socket connects again, says HELLO, and then
  *
- *    a front-end   GUEST_CREATE with its secret and DR_GUEST_AGAIN, then the request that got no reply, with its old sequence: what MEMORY_ADD,
- *                  IOAS_ALLOC, HWPT_ALLOC or DESTROY has done is not done again, and the reply is the one that was lost
+ *    a front-end   GUEST_CREATE with its secret and DR_GUEST_AGAIN, then the request that got no reply, with its old sequence:
+ *                  what MEMORY_ADD, IOAS_ALLOC, HWPT_ALLOC or DESTROY has done is not done again, and the reply is the one
+ *                  that was lost
  *    a device      DEVICE_ATTACH with its key: it is the device that it was
  *
  * A front-end's sequences grow from request to request (modulo 2^32), over all connections of its guest.
@@ -101,13 +102,13 @@ struct dr_guest_create {
     uint32_t size;
     uint32_t command_entries; /* of a new guest */
     uint32_t flags;           /* DR_GUEST_* */
-    uint32_t
-        linger_ms; /* how long the guest waits for a successor when the connection is closed; 0: not at all, or, of a
-                           guest that is taken over, as long as before */
-    uint32_t
-        stall_ms; /* a device that holds the guest up for so long is told in dr_guest_status; 0: 1000, or as before */
-    uint8_t
-        secret[DR_TOKEN_BYTES]; /* random, of the front-end's choice: whoever has it may take the guest over; keep it */
+    /* How long the guest waits for a successor when the connection is closed. 0: not at all; of a guest that is taken over: as
+     * long as before. */
+    uint32_t linger_ms;
+    /* A device that holds the guest up for so long is told in dr_guest_status. 0: 1000; of a guest that is taken over: as before. */
+    uint32_t stall_ms;
+    /* Random, of the front-end's choice: whoever has it may take the guest over. Keep it. */
+    uint8_t secret[DR_TOKEN_BYTES];
 };
 
 struct dr_guest {
@@ -179,9 +180,10 @@ struct dr_ring {
 #define DR_DEVICE_CAN_TRACK (1u << 0) /* its IOMMU sets Dirty bits */
 
 /* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; threads * pins is
- * over DR_DEVICE_PINS_MAX; key is 0; the hwpt requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's attach). EBUSY: this connection has a device, or another
- * process has the device of this key. ENOSPC: too many devices. ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the device did not
- * offer DR_FEATURE_SUMMARY: where it left a leaf dirty, another would not summarize it. */
+ * over DR_DEVICE_PINS_MAX; key is 0; the hwpt requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's
+ * attach). EBUSY: this connection has a device, or another process has the device of this key. ENOSPC: too many devices.
+ * ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the device did not offer DR_FEATURE_SUMMARY: where it left a leaf
+ * dirty, another would not summarize it. */
 struct dr_device_attach {
     uint32_t size;
     uint32_t hwpt;
@@ -190,8 +192,8 @@ struct dr_device_attach {
     uint8_t token[DR_TOKEN_BYTES];
     uint32_t pins;     /* slots of each thread, for DMA in flight without a section; may be 0 */
     uint32_t reserved; /* zero */
-    uint64_t
-        key; /* random, of the device's choice: attaching again with it after the connection broke changes nothing */
+    /* Random, of the device's choice: attaching again with it, after the connection broke, changes nothing. */
+    uint64_t key;
 };
 
 struct dr_device_region {

@@ -455,8 +455,8 @@ template <iommu::Format F> class ShardOf final : public Shard
             if (ring_->room() == 0)
                 return publish();
             ring_->put_marker(DR_MARKER_SYNC, sync.op->cookie);
-            std::atomic_ref(*sync.op->note)
-                .fetch_or(noted_, std::memory_order_release); // other shards have bits of their own
+            // Release, for the restart that reads it: the marker is staged. Others' bits are in it, so a fetch_or.
+            std::atomic_ref(*sync.op->note).fetch_or(noted_, std::memory_order_release);
             point(Point::sync_marked);
             publish();
             [[fallthrough]];
@@ -573,7 +573,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         slice_.reclaim(op.start, op.reached);
         touch_retired();
         if (taken.full && mark && op.reached > op.start && !fault(Fault::cut_not_noted))
-            std::atomic_ref(*op.note).store(op.reached, std::memory_order_release);
+            std::atomic_ref(*op.note).store(op.reached,
+                                            std::memory_order_release); // for the restart, before the marker
         if (over && mark && took_out_ && op.reached > op.start) {
             ring_->put_marker(DR_MARKER_EPOCH, op.epoch);
             point(Point::unmap_marked);
