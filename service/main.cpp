@@ -26,7 +26,7 @@ using namespace dirtyring::service;
 void set_up_logging(const std::string &level)
 {
     spdlog::set_default_logger(spdlog::stderr_color_mt("dirtyringd"));
-    spdlog::set_pattern("%Y-%m-%d %H:%M:%S.%e dirtyringd %^%l%$: %v");
+    spdlog::set_pattern("%Y-%m-%d %H:%M:%S.%f dirtyringd %^%l%$: %v");
     spdlog::set_level(spdlog::level::from_str(level));
 }
 
@@ -70,6 +70,7 @@ tl::expected<Listener, std::string> listen(FdStore &store, const Options &option
 int run(const Options &options)
 {
     ::prctl(PR_SET_NAME, "dirtyringd"); // not "exe"
+    spdlog::debug("a worker begins");
     set_up_signals();
     FdStore store = FdStore::inherit();
     auto listener = listen(store, options);
@@ -82,6 +83,7 @@ int run(const Options &options)
         fmt::print(stderr, "dirtyringd: {}\n", lcores.error());
         return 1;
     }
+    spdlog::debug("the EAL is up");
     listener->keep(store);
     Control control((*lcores)->walkers(), listener->take(), store);
     if (auto ok = control.restore(); !ok) {

@@ -39,7 +39,7 @@ no_remains()
     [ -z "$left" ] || fail "left in /dev/shm: $left, by: $1"
     left=$(find "$TMPDIR" -mindepth 1 2>/dev/null)
     [ -z "$left" ] || fail "left in the temporary directory: $left, by: $1"
-    left=$(pgrep -s 0 -x 'dirtyring|dirtyringd' | grep -vx "${service:-none}" || true)
+    left=$(pgrep -s 0 -x 'dirtyringd?' | grep -vx "${service:-none}" || true)
     [ -z "$left" ] || fail "still running: $left, after: $1"
 }
 
@@ -54,27 +54,43 @@ at_least()
     awk -v have="$(value "$1" "$2")" -v want="$3" 'BEGIN { exit !(have >= want) }' || fail "$2 is $(value "$1" "$2"), expected at least $3"
 }
 
-# trace SPACE NAME OPTION...: both judges, three rounds, a thousand runs while devices were writing, and cmp.
-trace()
+# judged SPACE NAME OPTION...: a migration under a trace, both judges, and cmp.
+judged()
 {
     local space=$1 name=$2
     shift 2
-    "$bin/dirtyring" migrate --memory 512M --trace "$traces/$name.trace.gz" --speed 10 --loops 0 --bandwidth 300M \
-        --downtime-limit 20 --space "$space" --ram-dir "$dir" --json "$dir/json" "$@"
+    "$bin/dirtyring" migrate --memory 512M --trace "$traces/$name.trace.gz" --loops 0 --space "$space" --ram-dir "$dir" \
+        --json "$dir/json" "$@"
     cmp "$dir/source.ram" "$dir/destination.ram"
     local key
     for key in differing_pages unreported_writes; do
         [ "$(value "$dir/json" $key)" = 0 ] || fail "$key is not 0"
     done
-    at_least "$dir/json" rounds 3
     at_least "$dir/json" runs_while_writing 1001
     no_remains migrate
+}
+
+# The same, in three rounds at least.
+trace()
+{
+    judged "$@" --speed 10 --bandwidth 300M --downtime-limit 20
+    at_least "$dir/json" rounds 3
+}
+
+# The same, slowly enough for twenty workers of the service to die meanwhile.
+killed()
+{
+    judged "$@" --speed 2 --bandwidth 60M --downtime-limit 50 --kill-service 100
+    at_least "$dir/json" service_kills 20
 }
 
 migrate_oa() { trace oa guest-md5sum; }
 migrate_iova() { trace iova guest-md5sum; }
 migrate_viommu_oa() { trace oa guest-md5sum-viommu; }
 migrate_viommu_iova() { trace iova guest-md5sum-viommu --ring-entries 1024; }
+migrate_killed_oa() { killed oa guest-md5sum --devices 2; }
+migrate_killed_viommu_oa() { killed oa guest-md5sum-viommu; }
+migrate_killed_viommu_iova() { killed iova guest-md5sum-viommu --ring-entries 1024; }
 migrate_devices_and_shards() { trace oa guest-md5sum --devices 2 --ring-entries 64; }
 
 migrate_synthetic()
@@ -142,6 +158,9 @@ bad_input()
     expect 2 'memory' "${tool[@]}" --memory lots
     expect 2 'pattern' "${tool[@]}" --pattern zigzag
     expect 2 'no-such' "${tool[@]}" --no-such-option
+    expect 2 'kill-service' "${tool[@]}" --kill-service 0
+    expect 2 'kill-service' "${tool[@]}" --kill-service 100 --tracking none
+    expect 2 'excludes' "${tool[@]}" --kill-service 100 --socket-path "$dir/socket"
     expect 2 '' "$bin/dirtyring" nonsense
     expect 1 'Dirty bits|tracking none' "${tool[@]}" --memory 64M --no-device-tracking --seconds 1
     expect 1 'nobody-listens' "${tool[@]}" --memory 64M --socket-path "$dir/nobody-listens"
@@ -188,7 +207,7 @@ ends_with_1()
     no_remains "$1"
 }
 
-# Ctrl-C at ten different moments: all processes of the run get it, as from a terminal.
+# Ctrl-C at different moments: all processes of the run get it, as from a terminal.
 interrupted()
 {
     local i
@@ -198,6 +217,12 @@ interrupted()
         kill -INT -- "-$migration"
         ends_with_1 "an interrupt at $i/50 s"
         no_remains "interrupt at $i/50 s"
+    done
+    for i in 1 2 3 4 5 6 7 8; do
+        start_migration --kill-service 30
+        sleep "$(awk "BEGIN { print 1 + $i / 100 }")"
+        kill -INT -- "-$migration"
+        ends_with_1 "an interrupt $i/100 s later, while workers are killed"
     done
 }
 
@@ -286,8 +311,8 @@ conformance()
     expect 2 'frobnicate' "$bin/dirtyring" check frobnicate
 }
 
-cases=(migrate_oa migrate_iova migrate_viommu_oa migrate_viommu_iova migrate_devices_and_shards migrate_synthetic
-    migrate_untracked migrate_with_running_service bad_input no_permission two_services_one_socket interrupted a_part_killed
+cases=(migrate_oa migrate_iova migrate_viommu_oa migrate_viommu_iova migrate_killed_oa migrate_killed_viommu_oa
+    migrate_killed_viommu_iova migrate_devices_and_shards migrate_synthetic migrate_untracked migrate_with_running_service bad_input no_permission two_services_one_socket interrupted a_part_killed
     examples file_reader conformance)
 if [ "${1-}" = --list ]; then
     printf '%s\n' "${cases[@]}"

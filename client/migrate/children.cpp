@@ -107,7 +107,7 @@ void Children::start(const std::string &name, const std::function<void()> &body)
         run_part(control_, name, body);
 }
 
-void Children::start_program(const std::string &path, std::vector<std::string> arguments)
+pid_t Children::start_program(const std::string &path, std::vector<std::string> arguments)
 {
     int ends[2];
     if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0)
@@ -116,7 +116,7 @@ void Children::start_program(const std::string &path, std::vector<std::string> a
     const ring::Fd write_end(ends[1]);
     const std::string name = path.substr(path.rfind('/') + 1);
     if (!fork(name, true, std::move(read_end)))
-        return;
+        return children_.back().pid;
 
     ::dup2(write_end.get(), STDERR_FILENO);
     std::vector<char *> argv{const_cast<char *>(path.c_str())};

@@ -57,6 +57,13 @@ struct Control {
     // The same for `running`: when time 0 of the devices' load was, CLOCK_MONOTONIC.
     std::uint64_t start_ns;
 
+    // With --kill-service: when a worker was last killed, stored once it is dead (release), when the source had the first run of
+    // its successor, and when it had the last run of all. CLOCK_MONOTONIC; 0: not yet.
+    std::atomic<std::uint64_t> killed_ns;
+    std::atomic<std::uint64_t> back_ns;
+    std::atomic<std::uint64_t> reported_ns;
+    std::atomic<std::uint64_t> service_kills;
+
     // Statistics, by the source for the parent: relaxed while it runs, exact once it has ended. rounds_done is stored
     // with release behind its round and loaded with acquire.
     std::atomic<std::uint64_t> pages_copied;
@@ -65,6 +72,8 @@ struct Control {
     std::atomic<std::uint64_t> over_reported;
     std::atomic<std::uint64_t> runs_published;
     std::atomic<std::uint64_t> runs_while_writing;
+    std::atomic<std::uint64_t> pages_gone;     // in runs that came again when what they name was unmapped
+    std::atomic<std::uint64_t> longest_gap_ns; // from a kill to back_ns
     std::atomic<std::uint64_t> bytes_sent;
     std::atomic<std::uint64_t> link_rate; // bytes/s
     std::atomic<std::uint64_t> total_ns;

@@ -156,7 +156,7 @@ template <class Done> void Mapper::pump(Done done, std::uint64_t deadline_ns)
         if (called && ::read(guest_.command_fd(), &calls, sizeof calls) < 0 && errno != EAGAIN)
             throw system_failure("the call of the command ring");
         if (gone)
-            throw Failure("the service is gone");
+            must(guest_.reconnect());
     }
 }
 

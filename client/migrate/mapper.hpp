@@ -27,7 +27,7 @@ struct SharedMap {
 class Mapper
 {
   public:
-    // `meanings` nullptr: the rings need none. The guest is the mapper's until it has been joined.
+    // `meanings` nullptr: the rings need none. From start() on the guest is the mapper's until it has finished.
     Mapper(Shared &shared, Guest &guest, std::uint32_t ioas, SharedMap *meanings)
         : shared_(shared), guest_(guest), ioas_(ioas), meanings_(meanings)
     {

@@ -4,6 +4,7 @@
 #include "client/migrate/clock.hpp"
 #include "client/migrate/device.hpp"
 #include "client/migrate/failure.hpp"
+#include "client/migrate/killer.hpp"
 #include "client/migrate/link.hpp"
 #include "client/migrate/progress.hpp"
 #include "client/migrate/results.hpp"
@@ -15,8 +16,12 @@
 
 #include <filesystem>
 #include <optional>
+#include <string>
 #include <sys/socket.h>
+#include <sys/types.h>
 #include <sys/un.h>
+#include <utility>
+#include <vector>
 
 namespace dirtyring::migrate {
 namespace {
@@ -44,19 +49,24 @@ bool accepts(const std::string &socket_path)
     return ::connect(socket.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address) == 0;
 }
 
-void start_service(Children &children, const std::string &socket_path)
+// Returns the pid, which with --kill-service is the supervisor's.
+pid_t start_service(Children &children, const Options &options, const std::string &socket_path)
 {
     const auto program = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "dirtyringd";
     if (!std::filesystem::exists(program))
         throw Failure(fmt::format("{}: not found; expected the service there, or --socket-path of one that runs",
                                   program.string()));
-    children.start_program(program, {"--socket-path", socket_path});
+    std::vector<std::string> arguments{"--socket-path", socket_path};
+    if (options.kill_service_ms != 0)
+        arguments.emplace_back("--supervise");
+    const pid_t pid = children.start_program(program, std::move(arguments));
     const std::uint64_t deadline = now_ns() + service_patience_ns;
     while (!accepts(socket_path)) {
         children.watch(glance_ms);
         if (now_ns() > deadline)
             throw Failure(fmt::format("dirtyringd did not open {} within 10 s", socket_path));
     }
+    return pid;
 }
 
 void start_parts(Children &children, Shared &shared)
@@ -88,7 +98,9 @@ void run(Shared &shared)
     if (shared.socket_path.empty()) {
         directory.emplace();
         shared.socket_path = fmt::format("{}/service.sock", directory->path());
-        start_service(children, shared.socket_path);
+        const pid_t service = start_service(children, shared.options, shared.socket_path);
+        if (shared.options.kill_service_ms != 0)
+            children.start("killer", [&shared, service] { kill_workers(shared, service); });
     }
     start_parts(children, shared);
     Progress progress(shared.control, shared.options);

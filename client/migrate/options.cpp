@@ -148,8 +148,14 @@ void declare(CLI::App &app, Options &options)
     app.add_option("--ring-entries", options.ring_entries, "of each ring (4096)");
     app.add_option("--min-interval", options.min_interval_us, "µs between two sweeps of a slice (1000)");
 
-    app.add_option("--socket-path", options.socket_path, "of a running dirtyringd, instead of one of our own")
-        ->type_name("PATH");
+    auto *socket_path =
+        app.add_option("--socket-path", options.socket_path, "of a running dirtyringd, instead of one of our own")
+            ->type_name("PATH");
+    app.add_option("--kill-service", options.kill_service_ms,
+                   "every so many ms, kill the worker of our own dirtyringd, which is supervised then")
+        ->type_name("MS")
+        ->excludes(socket_path)
+        ->check(CLI::Range(1u, 3'600'000u));
     app.add_option("--ram-dir", options.ram_dir, "where to leave source.ram and destination.ram")->type_name("DIR");
     app.add_option("--json", options.json, "where to write the results")->type_name("FILE");
 }
@@ -165,6 +171,8 @@ void check(const Options &options)
             fmt::format("--memory: {} for the source and as much for the destination is more than the {} that "
                         "are available here",
                         bytes(options.memory), bytes(available)));
+    if (options.kill_service_ms != 0 && !options.tracking)
+        throw BadInput("--kill-service: with --tracking none nothing tells when the service is back");
     if (std::isnan(options.speed) || std::isnan(options.seconds))
         throw BadInput("--speed, --seconds: expected a number");
     if (!std::has_single_bit(options.shards) || options.shards > 64)

@@ -44,9 +44,10 @@ struct Options {
     std::uint32_t ring_entries = 4096;
     std::uint32_t min_interval_us = 1000;
 
-    std::string socket_path; // empty: a service of our own
-    std::string ram_dir;     // empty: none
-    std::string json;        // empty: none
+    std::string socket_path;           // empty: a service of our own
+    std::uint64_t kill_service_ms = 0; // how often its worker is killed; 0: never
+    std::string ram_dir;               // empty: none
+    std::string json;                  // empty: none
 
     [[nodiscard]] bool synthetic() const { return trace.empty(); }
     [[nodiscard]] std::uint64_t pages() const { return memory / page_size; }

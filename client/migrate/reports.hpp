@@ -29,10 +29,13 @@ class Reports
     void run(std::uint32_t shard, std::uint64_t entry, std::uint64_t tick);
     void marker(std::uint32_t shard, std::uint64_t entry, std::uint64_t tick);
     void pages(std::uint64_t oa, std::uint64_t length, std::uint64_t tick);
+    void note_life();
 
     Shared &shared_;
     PageQueue &queue_;
     SharedMap *meanings_;
+    std::uint64_t seen_killed_ = 0; // Control::killed_ns
+    std::uint64_t awaited_ = 0;     // the same, as long as the successor has reported nothing; else 0
 };
 
 } // namespace dirtyring::migrate

@@ -49,7 +49,8 @@ nlohmann::ordered_json options_json(const Options &o)
                  {"min_interval_us", o.min_interval_us},
                  {"bandwidth", o.bandwidth},
                  {"downtime_limit_ms", o.downtime_limit_ms},
-                 {"max_rounds", o.max_rounds}});
+                 {"max_rounds", o.max_rounds},
+                 {"kill_service_ms", o.kill_service_ms}});
     return json;
 }
 
@@ -70,6 +71,9 @@ nlohmann::ordered_json to_json(const Shared &shared, const Judgement &judgement)
             {"pages_copied", load(c.pages_copied)},
             {"bytes_sent", load(c.bytes_sent)},
             {"over_reported", load(c.over_reported)},
+            {"service_kills", load(c.service_kills)},
+            {"longest_gap_ms", ms(c.longest_gap_ns)},
+            {"pages_gone", load(c.pages_gone)},
             {"unreported_writes", judgement.journal.unreported},
             {"differing_pages", judgement.differing_pages},
             {"total_ms", ms(c.total_ns)},
@@ -119,6 +123,9 @@ void print_summary(const Shared &shared, const Judgement &judgement)
                  count(load(c.over_reported))));
     else
         line("reported", "everything, without tracking");
+    if (o.kill_service_ms != 0)
+        line("service", fmt::format("killed {} times, at most {} from a kill to the next run",
+                                    count(load(c.service_kills)), duration(ms(c.longest_gap_ns))));
     line("judges", fmt::format("{} pages differ, {} writes unreported", count(judgement.differing_pages),
                                count(judgement.journal.unreported)));
 }

@@ -200,10 +200,12 @@ class Source
         if ((rings_ && !rings_->arm()) || done())
             return;
         const int reports = rings_ ? rings_->fd() : -1;
+        // The guest is the mapper's as long as that is at work, and its socket too.
+        const int service = !mapper_ || mapper_->finished() ? guest_.socket() : -1;
         const auto [reported, gone] =
-            shared_.source_bell.sleep(queue_.empty() ? never : link_.free_at(), {reports, guest_.socket()});
+            shared_.source_bell.sleep(queue_.empty() ? never : link_.free_at(), {reports, service});
         if (gone)
-            throw Failure("the service is gone");
+            must(guest_.reconnect());
     }
 
     void show()
