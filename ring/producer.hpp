@@ -125,4 +125,19 @@ inline std::uint64_t producer_region_size(std::uint64_t capacity, std::uint64_t 
     return (DR_PAGE + capacity * entry_size + DR_PAGE - 1) & ~std::uint64_t{DR_PAGE - 1};
 }
 
+// A region of `size` bytes is that of a ring whose entries have `entry_size` bytes.
+inline bool is_producer_region(const dr_ring_producer &region, std::uint64_t size, std::uint64_t entry_size)
+{
+    const dr_ring_header &h = region.header;
+    return h.magic == DR_RING_MAGIC && h.version == DR_RING_VERSION && h.entry_size == entry_size &&
+           std::has_single_bit(h.capacity) && h.capacity <= size / entry_size &&
+           producer_region_size(h.capacity, entry_size) == size;
+}
+
+// Its producer before can have left it so: no more is staged than there are slots.
+inline bool has_whole_indices(const dr_ring_producer &region)
+{
+    return region.staged - region.head <= region.header.capacity;
+}
+
 } // namespace dirtyring::ring

@@ -133,6 +133,11 @@ Result<void> Hwpt::make_shard_home(const HwptPlan &plan, std::uint32_t index, Wa
             return ok;
         auto *producer = home.producer.map.as<dr_ring_producer>();
         if (holdings.restored()) {
+            if (!ring::is_producer_region(*producer, size, sizeof(std::uint64_t)) ||
+                !ring::has_whole_indices(*producer))
+                return refusal(EINVAL,
+                               fmt::format("ring {} of its hwpt {} has {} entries, head {} and staged {}", index,
+                                           plan.id, producer->header.capacity, producer->head, producer->staged));
             // Release: whoever sees another session finds what the service before it has left.
             std::atomic_ref(producer->session).store(producer->session + 1, std::memory_order_release);
         } else {

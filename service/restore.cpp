@@ -2,6 +2,7 @@
 #include "service/control.hpp"
 
 #include "iommu/fault.hpp"
+#include "service/rings_left.hpp"
 
 #include <spdlog/spdlog.h>
 
@@ -69,8 +70,10 @@ tl::expected<void, std::string> Control::restore()
     point(Point::restart_locked);
     for (const std::uint32_t number : left) {
         next_guest_ = std::max(next_guest_, number + 1);
+        const RingsLeft rings(store_, number);
         if (auto ok = take_up(number); !ok)
-            spdlog::warn("guest {} is dropped: {}", number, ok.error().sentence);
+            spdlog::warn("guest {} is dropped, all it had is dirty in {} rings: {}", number, rings.mark_all_dirty(),
+                         ok.error().sentence);
     }
     store_.drop_rest();
     point(Point::restart_rebuilt);

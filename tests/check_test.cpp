@@ -375,6 +375,46 @@ void connections_kept(Service &s)
     s.keeps_connections = true;
 }
 
+void another_token(Service &s)
+{
+    s.replies = [guests = 0](Message &reply) mutable {
+        if (reply.is(DR_GUEST_CREATE) && ++guests == 2)
+            reply.change<dr_guest>([](dr_guest &g) { g.token[0] ^= 1; });
+        return true;
+    };
+}
+
+void deaf_to_flags_of_guests(Service &s)
+{
+    s.requests = [](Message &request) {
+        if (request.header.request == DR_GUEST_CREATE)
+            request.change<dr_guest_create>([](dr_guest_create &g) { g.flags = 0; });
+        return true;
+    };
+}
+
+void done_again(Service &s)
+{
+    auto theirs = std::make_shared<std::uint32_t>();
+    s.requests = [theirs, ours = 1000u](Message &request) mutable {
+        *theirs = std::exchange(request.header.sequence, ours++);
+        return true;
+    };
+    s.replies = [theirs](Message &reply) {
+        reply.header.sequence = *theirs;
+        return true;
+    };
+}
+
+void deaf_to_keys(Service &s)
+{
+    s.requests = [key = 1ull](Message &request) mutable {
+        if (request.header.request == DR_DEVICE_ATTACH)
+            request.change<dr_device_attach>([&](dr_device_attach &a) { a.key = key++; });
+        return true;
+    };
+}
+
 // ---- regions ---------------------------------------------------------------------------------------------------------
 
 void bare_cells(Service &s)
@@ -702,6 +742,13 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"objects_of_all_guests", objects_of_all_guests, {"DESTROY"}, {"O-9"}},
         Wrong{"maps_that_stay", maps_that_stay, {"DESTROY"}, {"O-10"}},
         Wrong{"connections_kept", connections_kept, {"the end of a guest"}, {"O-16"}},
+        Wrong{"another_token", another_token, {"a guest taken over"}, {"O-17"}},
+        Wrong{"deaf_to_flags_of_guests",
+              deaf_to_flags_of_guests,
+              {"a guest taken over", "GUEST_DESTROY"},
+              {"O-18", "O-21"}},
+        Wrong{"done_again", done_again, {"a guest taken over"}, {"O-19"}},
+        Wrong{"deaf_to_keys", deaf_to_keys, {"a device that comes back"}, {"O-20"}},
         Wrong{"bare_cells", bare_cells, {"rights"}, {"S-1", "S-2", "S-3"}},
         Wrong{"header_without_version", header_without_version, {"a page that is written"}, {"S-4"}},
         Wrong{"header_of_another_slice", header_of_another_slice, {"a page that is written"}, {"Q-1"}},

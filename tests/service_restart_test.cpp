@@ -308,6 +308,42 @@ TEST(ServiceRestart, OnlyWhoHasTheSecretTakesAGuest)
     guest.take_again(daemon);
 }
 
+// What one of its rings was left with makes no sense; the other one tells its consumer.
+TEST(ServiceRestart, AGuestThatCannotBeTakenUpIsAllDirty)
+{
+    Supervised daemon;
+    TrackedGuest guest(daemon, [](dr_hwpt_alloc &request) { request.shards = 2; });
+    const std::array rings{guest.ring(guest.hwpt, 0), guest.ring(guest.hwpt, 1)};
+    daemon.kill_worker(); // the supervisor has everything
+    guest.take_again(daemon);
+    std::uint64_t calls = 0;
+    (void)!::read(rings[1].call.get(), &calls, sizeof calls);
+    daemon.kill_worker_and([&] {
+        unsigned broken = 0;
+        for (const int number : daemon.numbers("dirtyring-producer")) {
+            const Fd region(need(
+                ::open((daemon.process().proc("fd/") + std::to_string(number)).c_str(), O_RDWR | O_CLOEXEC), "a ring"));
+            Mapping map;
+            ASSERT_EQ(map.map(region.get(), DR_PAGE, PROT_READ | PROT_WRITE), 0);
+            auto *producer = map.as<dr_ring_producer>();
+            if (producer->header.start != 0)
+                continue;
+            producer->staged = producer->head + producer->header.capacity + 1;
+            ++broken;
+        }
+        ASSERT_EQ(broken, 1u);
+    });
+    EXPECT_THAT(daemon.said(), HasSubstr("guest 1 is dropped, all it had is dirty in 2 rings: ring 0 of its hwpt"));
+    for (const RawRing &ring : rings)
+        EXPECT_THAT(ring.take(), testing::Contains(dr_marker(DR_MARKER_ALL_DIRTY, 0)));
+    EXPECT_EQ(::read(rings[1].call.get(), &calls, sizeof calls), 8) << "nobody was called";
+    guest.reconnect(daemon);
+    dr_guest_create again = guest.created;
+    again.flags = DR_GUEST_TAKE;
+    expect_refused(guest.call(DR_GUEST_CREATE, again), ENOENT);
+    daemon.expect_empty_store();
+}
+
 TEST(ServiceRestart, AGuestWhoseVmmDiesWhileNoWorkerLivesIsFreed)
 {
     Supervised daemon;

@@ -1,0 +1,75 @@
+#include "service/rings_left.hpp"
+
+#include "ring/producer.hpp"
+#include "service/holdings.hpp"
+#include "service/uring.hpp"
+
+#include <fcntl.h>
+#include <string>
+#include <sys/stat.h>
+#include <unistd.h>
+
+namespace dirtyring::service {
+
+namespace {
+
+ring::Fd copy(int fd)
+{
+    return ring::Fd(fd < 0 ? -1 : ::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+}
+
+bool map_whole(ring::Mapping &map, const ring::Fd &fd)
+{
+    struct stat status {
+    };
+    return ::fstat(fd.get(), &status) == 0 && status.st_size >= DR_PAGE &&
+           map.map(fd.get(), static_cast<std::size_t>(status.st_size), PROT_READ | PROT_WRITE) == 0;
+}
+
+bool mark(const ring::Fd &producer, const ring::Fd &consumer)
+{
+    ring::Mapping mine;
+    ring::Mapping peer;
+    if (!map_whole(mine, producer) || !map_whole(peer, consumer))
+        return false;
+    auto *region = mine.as<dr_ring_producer>();
+    if (!ring::is_producer_region(*region, mine.size(), sizeof(std::uint64_t)))
+        return false;
+    ring::Producer<std::uint64_t> ring(region, peer.as<dr_ring_consumer>());
+    ring.unstage(); // all of it is dirty
+    if (ring.room() == 0)
+        return false;
+    ring.put(0, dr_marker(DR_MARKER_ALL_DIRTY, 0));
+    ring.stage(1);
+    static_cast<void>(ring.publish()); // whoever sleeps is called in any case
+    return true;
+}
+
+} // namespace
+
+RingsLeft::RingsLeft(const FdStore &store, std::uint32_t guest)
+{
+    const std::string prefix = kept_name('H', guest) + '.';
+    for (const std::string &name : store.names()) {
+        if (name.starts_with(prefix)) {
+            const std::string rest = name.substr(1);
+            rings_.push_back({copy(store.get(name)), copy(store.get('U' + rest)), copy(store.get('C' + rest))});
+        }
+    }
+}
+
+unsigned RingsLeft::mark_all_dirty() const
+{
+    Uring calls(64);
+    unsigned marked = 0;
+    for (const Ring &r : rings_) {
+        if (!mark(r.producer, r.consumer))
+            continue;
+        ++marked;
+        calls.write_eventfd(r.call.get(), 0);
+    }
+    calls.submit(); // with NOWAIT they are over when it returns
+    return marked;
+}
+
+} // namespace dirtyring::service
