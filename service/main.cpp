@@ -14,9 +14,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <fcntl.h>
 #include <string>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <unistd.h>
 #include <vector>
 
 namespace {
@@ -51,6 +53,15 @@ void raise_descriptor_limit()
     }
 }
 
+// Room in the table of descriptors, for some fifty guests, while there is one thread. Where there are several, the kernel waits for RCU
+// each time that it makes the table larger, and the guests that are being taken up wait with it: milliseconds, or seconds where the
+// kernel's own threads get no processor.
+void make_room_for_descriptors()
+{
+    constexpr int highest = 1023;
+    const dirtyring::ring::Fd fd(::fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, highest));
+}
+
 // A supervisor starts the file that it is itself, whatever has become of its path.
 int supervise_self(int argc, char **argv, int fd)
 {
@@ -72,6 +83,7 @@ int run(const Options &options)
     ::prctl(PR_SET_NAME, "dirtyringd"); // not "exe"
     spdlog::debug("a worker begins");
     set_up_signals();
+    make_room_for_descriptors();
     FdStore store = FdStore::inherit();
     auto listener = listen(store, options);
     if (!listener) {

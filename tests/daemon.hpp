@@ -167,16 +167,18 @@ class Process
         return static_cast<std::size_t>(std::distance(std::filesystem::directory_iterator(proc("fd")), {}));
     }
 
-    // kB.
-    [[nodiscard]] std::int64_t resident() const
+    // A number of /proc/PID/status by its name, with the colon.
+    [[nodiscard]] std::int64_t status(std::string_view name) const
     {
         std::ifstream file(proc("status"));
         for (std::string word; file >> word;) {
-            if (std::int64_t value = 0; word == "VmRSS:" && file >> value)
+            if (std::int64_t value = 0; word == name && file >> value)
                 return value;
         }
         return -1;
     }
+    // kB.
+    [[nodiscard]] std::int64_t resident() const { return status("VmRSS:"); }
 
     // User and system time of all threads, in clock ticks.
     [[nodiscard]] std::int64_t cpu_time() const

@@ -44,6 +44,14 @@ TEST(ServiceProgram, EndsWithGuestsAndDevicesThere)
     EXPECT_EQ(::poll(&hangup, 1, 10'000), 1);
 }
 
+// While the kernel makes a table of descriptors larger in a process with threads, the thread concerned waits for RCU.
+TEST(ServiceProgram, HasRoomForManyDescriptorsBeforeItHasThreads)
+{
+    Daemon daemon;
+    Peer(daemon).hello();
+    EXPECT_GE(daemon.process().status("FDSize:"), 1024);
+}
+
 std::vector<std::string> with_fd(int fd)
 {
     return {DIRTYRINGD_PATH, "--fd", std::to_string(fd)};
