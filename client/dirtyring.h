@@ -164,7 +164,9 @@ DIRTYRING_API int dirtyring_map(struct dirtyring_vm *vm, uint32_t ioas, uint64_t
  * length UINT64_MAX: to the end of the space. result may be NULL. */
 DIRTYRING_API int dirtyring_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                   uint32_t harvest, struct dirtyring_unmapped *result);
-/* On return of enable every DMA that begins is tracked; on return of disable none is. */
+/* On return of enable every DMA that begins is tracked; on return of disable none is. Both wait for syncs that were asked for before,
+ * which wait for room in the rings, after a restart of the service perhaps once more for one whose markers have been released. So let
+ * another thread release entries meanwhile. */
 DIRTYRING_API int dirtyring_enable(struct dirtyring_vm *vm, uint32_t hwpt);
 DIRTYRING_API int dirtyring_disable(struct dirtyring_vm *vm, uint32_t hwpt);
 

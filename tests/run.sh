@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 usage()
 {
-    echo "usage: tests/run.sh [--full]    --full: soaks at their full length, whole programs 100 times" >&2
+    echo "usage: tests/run.sh [--full]    --full: soaks at their full length, whole programs 100 times, 1,000 kills" >&2
     exit 2
 }
 case $#:${1-} in
