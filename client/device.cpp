@@ -1,7 +1,6 @@
 #include "client/connection.hpp"
 #include "client/dirtyring_device.h"
-#include "iommu/dma.hpp"
-#include "iommu/format_amdv1.hpp"
+#include "iommu/any_dma.hpp"
 
 #include <bit>
 
@@ -11,7 +10,7 @@ using dirtyring::iommu::FaultReason;
 
 namespace {
 
-using Engine = dirtyring::iommu::DmaThread<dirtyring::iommu::AmdV1>;
+using Engine = dirtyring::iommu::AnyDmaThread;
 
 // The longest section that we make: walkers wait for it.
 constexpr std::uint64_t section_bytes = 64 * 1024;
@@ -230,9 +229,9 @@ int dirtyring_device::open_tables(FdList &fds, std::uint32_t shards)
     if (dirtyring::iommu::TranslationView::open(translation.data(), translation.size(), tables.data(), tables.size(),
                                                 view) != 0)
         return fail(EPROTO, "the translation region does not describe tables of %zu bytes", tables.size());
-    if (view.header().format != DR_FORMAT_AMDV1 || view.header().shards != shards)
-        return fail(EPROTO, "expected page tables of format %d in %u shards, got format %u in %u", DR_FORMAT_AMDV1,
-                    shards, view.header().format, view.header().shards);
+    if (!dirtyring::iommu::knows_format(view.header().format) || view.header().shards != shards)
+        return fail(EPROTO, "expected page tables of a format from %d to %d in %u shards, got format %u in %u",
+                    DR_FORMAT_AMDV1, DR_FORMAT_SMMUV3_S1, shards, view.header().format, view.header().shards);
     for (std::uint32_t i = 0; i < shards; ++i)
         doorbells[i] = fds.take(3 + i);
     return 0;

@@ -114,7 +114,7 @@ DIRTYRING_API int dirtyring_memory_add(struct dirtyring_vm *vm, uint64_t oa, uin
 /* ---- objects ---------------------------------------------------------------------------------------------------- */
 
 struct dirtyring_hwpt {
-    uint32_t aperture_lg2;    /* IOVA space [0, 2^n), n = 30 to 48; 0: 39 */
+    uint32_t aperture_lg2;    /* IOVA space [0, 2^n), n = 21 to 48; 0: 39 */
     uint32_t shards;          /* slices, each with a ring; 0: 1 */
     uint32_t leaf_lg2_max;    /* 12, 21 or 30; 0: 12. A leaf is dirty as a whole */
     uint32_t space;           /* enum dr_space */
@@ -122,7 +122,9 @@ struct dirtyring_hwpt {
     uint32_t min_interval_us; /* pacing, see struct dr_hwpt_alloc */
     uint32_t untracked;       /* 1: no dirty tracking, and any device may attach */
     uint32_t format;          /* enum dr_format of ring/control.h; 0: AMD v1 */
-    uint32_t reserved[4];     /* zero */
+    uint32_t levels;          /* of page tables, see struct dr_hwpt_alloc; 0: as few as the format and the aperture need */
+    uint32_t always_on;       /* 1: devices set Dirty from the start, see DR_HWPT_ALWAYS_ON */
+    uint32_t reserved[2];     /* zero */
 };
 
 DIRTYRING_API int dirtyring_ioas_alloc(struct dirtyring_vm *vm, uint32_t *ioas);

@@ -227,7 +227,9 @@ int dirtyring_hwpt_alloc(dirtyring_vm *vm, uint32_t ioas, const dirtyring_hwpt *
     dr_hwpt_alloc request{};
     request.ioas = ioas;
     request.format = or_default(attr->format, DR_FORMAT_AMDV1);
-    request.flags = attr->untracked != 0 ? 0 : DR_HWPT_DIRTY_TRACKING;
+    request.flags =
+        (attr->untracked != 0 ? 0 : DR_HWPT_DIRTY_TRACKING) | (attr->always_on != 0 ? DR_HWPT_ALWAYS_ON : 0);
+    request.levels = attr->levels;
     request.aperture_lg2 = or_default(attr->aperture_lg2, 39);
     request.shards = or_default(attr->shards, 1);
     request.leaf_lg2_max = or_default(attr->leaf_lg2_max, DR_PAGE_LG2);

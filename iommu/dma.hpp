@@ -93,10 +93,11 @@ class TranslationView
             return -EPROTO;
         const dr_translation_header h = shared;
         if (h.magic != DR_TRANSLATION_MAGIC || h.shards == 0 || h.aperture_lg2 < aperture_lg2_min ||
-            h.aperture_lg2 > aperture_lg2_max || !std::has_single_bit(h.shards) || h.shards > shards_max ||
-            h.shards > covering(h.aperture_lg2, largest_leaf_lg2))
+            h.aperture_lg2 > aperture_lg2_max || !std::has_single_bit(h.shards) ||
+            h.shards > shards_most(h.aperture_lg2) || h.root_level >= levels_max ||
+            h.root_level + 1 < levels_needed(h.aperture_lg2))
             return -EPROTO;
-        const dr_translation_header expected = make_geometry(h.format, h.aperture_lg2, h.shards);
+        const dr_translation_header expected = make_geometry(h.format, h.aperture_lg2, h.shards, h.root_level + 1);
         if (std::memcmp(&h, &expected, sizeof h) != 0 || h.tables_size > tables_size ||
             h.translation_size > translation_size)
             return -EPROTO;
@@ -116,10 +117,10 @@ class TranslationView
         return std::atomic_ref(generations_[iova >> h_.region_lg2]).load(std::memory_order_seq_cst); // S3
     }
 
-    // Loaded after the generation it may have changed with: enabling stores tracking, then advances.
-    [[nodiscard]] bool tracking(std::uint64_t iova) const
+    // Loaded after the generation it may have changed with: enabling stores it, then advances.
+    [[nodiscard]] std::uint64_t context(std::uint64_t iova) const
     {
-        return std::atomic_ref(shards_[shard(iova)].tracking).load(std::memory_order_seq_cst) != 0;
+        return std::atomic_ref(shards_[shard(iova)].context).load(std::memory_order_seq_cst); // S7
     }
 
     // enum dr_asleep
@@ -337,37 +338,40 @@ template <Format F> class DmaThread
                      std::uint64_t &contiguous)
     {
         const dr_translation_header &h = view_.header();
+        // Loaded after the generation; enabling advances after the store, so a stale word is waited for or walked again.
+        const bool tracking = F::tracks(view_.context(iova));
         Rights rights{true, true};
         std::uint64_t table = h.root;
         for (unsigned level = h.root_level;; --level) {
             std::uint64_t *entry = view_.tables().entries(table) + entry_index(iova, level);
-            std::uint64_t seen = std::atomic_ref(*entry).load(std::memory_order_seq_cst);
+            const std::uint64_t seen = std::atomic_ref(*entry).load(std::memory_order_seq_cst);
             const Entry e = F::decode(seen, level);
             rights.read &= e.rights.read;
             rights.write &= e.rights.write;
-            if (e.kind == EntryKind::none || (e.kind == EntryKind::table && level == 0))
+            if (e.kind == EntryKind::none)
                 return FaultReason::not_present;
             if (e.kind == EntryKind::table) {
                 if (e.address >= h.tables)
                     return FaultReason::table;
-                set_accessed(entry, seen, false, 0, 0, iova);
+                if (tracking)
+                    set_accessed_table(*entry, seen);
                 table = e.address;
                 continue;
             }
-            if (level > leaf_level_max)
-                return FaultReason::table;
+            if (!tracking) {
+                rights.read &= F::usable_as_is(seen, false);
+                rights.write &= F::usable_as_is(seen, true);
+            }
             if (write ? !rights.write : !rights.read)
                 return write ? FaultReason::write_denied : FaultReason::read_denied;
-            // Loaded after the generation; enabling advances after the store, so a stale 0 is waited for or walked again.
-            const bool tracking = view_.tracking(iova);
             const std::uint64_t word = view_.line_word(table, iova);
             const unsigned index = entry_index(iova, level);
-            if (!set_accessed(entry, seen, mark && tracking, word, index, iova))
+            if (tracking && !set_accessed(entry, seen, mark, word, index, iova))
                 return FaultReason::not_present;
 
-            const std::uint64_t oa = e.address + (iova & ((1ull << entry_lg2(level)) - 1));
-            // A large piece that straddles two regions of memory is cached in small ones.
-            unsigned lg2 = level == 0 ? small_lg2 : large_lg2;
+            const std::uint64_t oa = e.address + (iova & ((1ull << e.lg2) - 1));
+            // In pieces, of which none spans two regions. A large one that straddles two regions of memory is cached in small ones.
+            unsigned lg2 = e.lg2 >= large_lg2 ? large_lg2 : small_lg2;
             std::byte *base = piece_of_memory(oa, lg2);
             if (base == nullptr && lg2 != small_lg2)
                 base = piece_of_memory(oa, lg2 = small_lg2);
@@ -390,7 +394,14 @@ template <Format F> class DmaThread
         return memory_.find(oa >> lg2 << lg2, 1ull << lg2);
     }
 
-    // Sets A, and D if `dirty`, by compare-and-swap on the live entry, as long as it still translates as `seen` does; then
+    // Nobody's translation depends on it: the entry may have changed, and is left alone then.
+    static void set_accessed_table(std::uint64_t &entry, std::uint64_t seen)
+    {
+        if (const std::uint64_t wanted = F::accessed_table(seen); wanted != seen)
+            std::atomic_ref(entry).compare_exchange_strong(seen, wanted, std::memory_order_seq_cst);
+    }
+
+    // Sets A, and D if `dirty`, by compare-and-swap on the live leaf, as long as it still translates as `seen` does; then
     // the summary, if it was this call that set D. False: the entry has changed.
     bool set_accessed(std::uint64_t *entry, std::uint64_t seen, bool dirty, std::uint64_t word, unsigned index,
                       std::uint64_t iova)

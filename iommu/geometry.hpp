@@ -10,8 +10,9 @@
 namespace dirtyring::iommu {
 
 inline constexpr unsigned table_size_lg2 = 12;
-inline constexpr unsigned aperture_lg2_min = largest_leaf_lg2;
-inline constexpr unsigned aperture_lg2_max = 48;
+inline constexpr unsigned aperture_lg2_min = entry_lg2(1); // one table
+inline constexpr unsigned aperture_lg2_max = 48;           // every device maps the memory of all tables
+inline constexpr unsigned levels_max = 6;
 inline constexpr unsigned shards_max = 64; // a bit for each in a word
 static_assert(DR_REGION_LG2 >= entry_lg2(1) && DR_REGION_LG2 <= largest_leaf_lg2);
 
@@ -49,20 +50,28 @@ constexpr std::uint64_t shard_tables(unsigned slice_lg2)
     return round_up(first_number(slice_lg2, 0) + tables_at(slice_lg2, 0), 512);
 }
 
-constexpr unsigned root_level(unsigned aperture_lg2)
+// As few levels of tables as span the aperture.
+constexpr unsigned levels_needed(unsigned aperture_lg2)
 {
-    unsigned level = top_level;
-    while (entry_lg2(level + 1) < aperture_lg2)
-        ++level;
-    return level;
+    unsigned levels = 1;
+    while (entry_lg2(levels) < aperture_lg2)
+        ++levels;
+    return levels;
 }
 
-// Index of the first table at `level` among the top tables; the root is 0.
-constexpr std::uint64_t first_top_table(unsigned aperture_lg2, unsigned level)
+// Each slice holds the largest table-sized leaf, or it is the only one.
+constexpr unsigned shards_most(unsigned aperture_lg2)
+{
+    const std::uint64_t slices = covering(aperture_lg2, largest_leaf_lg2);
+    return slices < shards_max ? static_cast<unsigned>(slices) : shards_max;
+}
+
+// Index of the first table at `level` among the top tables. With more levels than the aperture needs, the highest have one each.
+constexpr std::uint64_t first_top_table(const dr_translation_header &h, unsigned level)
 {
     std::uint64_t index = 0;
-    for (unsigned l = root_level(aperture_lg2); l > level; --l)
-        index += covering(aperture_lg2, entry_lg2(l + 1));
+    for (unsigned l = h.root_level; l > level; --l)
+        index += covering(h.aperture_lg2, entry_lg2(l + 1));
     return index;
 }
 
@@ -71,8 +80,12 @@ constexpr std::uint64_t first_table(const dr_translation_header &h, unsigned sha
     return round_up(h.top_tables, 512) + shard * shard_tables(h.slice_lg2);
 }
 
-// aperture_lg2 within aperture_lg2_min..max, shards a power of two, slices >= the largest leaf.
-constexpr dr_translation_header make_geometry(unsigned format, unsigned aperture_lg2, unsigned shards)
+// aperture_lg2 within aperture_lg2_min..max; shards a power of two, up to shards_most; levels from levels_needed to levels_max, 0: as few
+// as needed.
+//
+// With one or two levels the root is a table of the only shard's: there is a top table above it, as ever, but nobody walks it.
+constexpr dr_translation_header make_geometry(unsigned format, unsigned aperture_lg2, unsigned shards,
+                                              unsigned levels = 0)
 {
     constexpr std::uint64_t page = 1u << table_size_lg2;
     dr_translation_header h{};
@@ -83,9 +96,10 @@ constexpr dr_translation_header make_geometry(unsigned format, unsigned aperture
     h.slice_lg2 = aperture_lg2 - static_cast<unsigned>(std::countr_zero(shards));
     h.shards = shards;
     h.region_lg2 = DR_REGION_LG2;
-    h.root = 0;
-    h.root_level = root_level(aperture_lg2);
-    h.top_tables = first_top_table(aperture_lg2, top_level) + covering(aperture_lg2, top_span_lg2);
+    h.root_level = (levels != 0 ? levels : levels_needed(aperture_lg2)) - 1;
+    h.top_tables = first_top_table(h, top_level) + covering(aperture_lg2, top_span_lg2);
+    h.root = static_cast<std::uint32_t>(
+        h.root_level < top_level ? first_table(h, 0) + first_number(h.slice_lg2, h.root_level) : 0);
     h.tables = first_table(h, shards);
     h.table_bits = 0;
     h.line_words = round_up(h.tables / 8, page);
@@ -100,6 +114,8 @@ constexpr dr_translation_header make_geometry(unsigned format, unsigned aperture
 static_assert(make_geometry(1, 39, 1).root_level == 2);
 static_assert(make_geometry(1, 40, 1).root_level == 3);
 static_assert(make_geometry(1, 48, 1).top_tables == 513);
+static_assert(make_geometry(1, 39, 1, 6).top_tables == 4 && make_geometry(1, 39, 1, 6).root == 0);
+static_assert(make_geometry(1, 21, 1).root_level == 0 && make_geometry(1, 21, 1).root > 0);
 
 // The tables region as its users see it.
 class Tables

@@ -12,7 +12,7 @@
  * A table is named by its index t; a table entry holds t << 12 where hardware has the next table's address. The top tables are
  * those whose entries span 1 GiB or more, whatever leaves are used: they are built with the hwpt, stay, and come first. Below, each
  * shard has an index range of its own, so table bits, line words and generations have one owner each; first_table is a multiple
- * of 512, a cache line of table bits:
+ * of 512, a cache line of table bits. The root of a page table with one or two levels lies there, too, and stays:
  *
  *    t:   0 ........ top_tables | shard 0: first_table, … | shard 1: first_table, … | …
  *
@@ -28,7 +28,8 @@
  *    a leaf with D set  ⇒  its line and table bits are set, or it is in the owner's private pending mask,
  *                          or the thread that set D is still in its section, or the owner owes a full scan.
  *
- * Hence enabling cleans every leaf before it arms, a dead device owes a full scan, and every device must summarize.
+ * Hence enabling cleans every leaf, before it arms or, where devices are armed always, before it advances; a dead device owes a full scan;
+ * and every device must summarize.
  *
  * The section protocol. D: device thread, W: walker, C: consumer. "sc" is seq_cst.
  *
@@ -36,7 +37,7 @@
  *     for each page:
  *     load           g = generation of the page's region                      load-sc           (S3)
  *     translate      IOTLB entry if its tag is g; else walk, tag it g         load-sc           (S6)
- *                    and look whether the shard is tracked                    load-sc           (S7)
+ *                    first the shard's context: it says whether to set A, D   load-sc           (S7)
  *     mark           first write through a clean entry:
  *                    leaf: A|D, compare-and-swap, only while it translates
  *                    as it did at the walk, else walk again                   RMW-sc            (S4)
@@ -66,7 +67,7 @@
  *   S5    store buffering: D sets the table bit then loads asleep; W sets asleep then looks at the table bits
  *   S6    W stores a table or leaf entry with release at least, after the page it names is whole; D loads each level. sc also for a
  *         second reason: D may find the D that another set, and skip the summary; the other's enter must precede W's sample
- *   S7    W stores tracking, then advances; D loads the generation, then tracking: who sees the new generation sees it armed
+ *   S7    W stores the context, then advances; D loads the generation, then the context: who sees the new generation sees it armed
  *
  * S1 speaks of ordinary stores: who writes the guest's memory with non-temporal ones fences them before leaving.
  *
@@ -169,7 +170,13 @@ enum dr_asleep {
 
 struct dr_shard_control {
     DR_IOMMU_ALIGN uint64_t asleep;   /* enum dr_asleep */
-    DR_IOMMU_ALIGN uint64_t tracking; /* 1: set Dirty; loaded at each walk, after the generation */
+    /* The word of the device's context that says whether to set A and D, in the hardware's layout, its other bits zero. Neither is
+     * set otherwise. Loaded at each walk, after the generation and before the first entry.
+     *    AMD v1          device table entry, bits 63..0: HAD, bits 8:7, is 3
+     *    VT-d            scalable-mode PASID table entry, bits 63..0: SSADE, bit 9
+     *    SMMUv3 stage 2  stream table entry, bits 191..128: S2HD 55 and S2HA 56
+     *    SMMUv3 stage 1  context descriptor, bits 63..0: HD 42 and HA 43 */
+    DR_IOMMU_ALIGN uint64_t context;
     uint64_t first_table;
     uint64_t
         closing; /* a version: closed[closing & 1] holds. Load it, read the ranges (acquire), load it again: unchanged, they
@@ -194,7 +201,7 @@ struct dr_pin {
 DR_IOMMU_ASSERT(sizeof(struct dr_translation_header) == 112, "ABI");
 DR_IOMMU_ASSERT(sizeof(struct dr_closed) == 128, "ABI");
 DR_IOMMU_ASSERT(sizeof(struct dr_shard_control) == 512, "ABI");
-DR_IOMMU_ASSERT(offsetof(struct dr_shard_control, tracking) == 128, "ABI");
+DR_IOMMU_ASSERT(offsetof(struct dr_shard_control, context) == 128, "ABI");
 DR_IOMMU_ASSERT(offsetof(struct dr_shard_control, closed) == 256, "ABI");
 DR_IOMMU_ASSERT(sizeof(struct dr_cell) == 128, "ABI");
 DR_IOMMU_ASSERT(sizeof(struct dr_pin) == 32, "ABI");

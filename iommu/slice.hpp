@@ -51,11 +51,12 @@ template <Format F> class Slice
   public:
     // `record`: empty, or what the owner before has left. Then the slice is as it was, but for maps that had begun: record() takes
     // up each of them.
-    Slice(const dr_translation_header &h, unsigned shard, Tables tables, unsigned leaf_lg2_max, Backing backing,
-          SliceRecord record)
+    // `tracked`: its hwpt has dirty tracking.
+    Slice(const dr_translation_header &h, unsigned shard, Tables tables, unsigned leaf_lg2_max, bool tracked,
+          Backing backing, SliceRecord record)
         : h_(h), tables_(tables), first_table_(first_table(h, shard)), start_(std::uint64_t{shard} << h.slice_lg2),
-          end_(start_ + (1ull << h.slice_lg2)), leaf_lg2_max_(leaf_lg2_max), backing_(std::move(backing)),
-          record_(std::move(record))
+          end_(start_ + (1ull << h.slice_lg2)), leaf_lg2_max_(std::min(leaf_lg2_max, entry_lg2(h.root_level))),
+          tracked_(tracked), backing_(std::move(backing)), record_(std::move(record))
     {
         for (unsigned level = 0; level <= top_level; ++level)
             first_[level] = first_number(h.slice_lg2, level);
@@ -69,11 +70,19 @@ template <Format F> class Slice
         const std::uint64_t end = bit_words() * 64;
         for (std::uint64_t t = next_linked(first_[top_level - 1], end); t < end; t = next_linked(t + 1, end))
             link_parent(t); // the owner before may have died between noting the link and making it
+        // A root of this slice's own is always there, and so are those above it, which nobody walks. Their memory is there already.
+        for (unsigned level = top_level; level > h.root_level; --level) {
+            if (const std::uint64_t table = number(start_, level - 1); !record_.linked(table))
+                link(table);
+        }
     }
 
     [[nodiscard]] std::uint64_t start() const { return start_; }
     [[nodiscard]] std::uint64_t end() const { return end_; }
     [[nodiscard]] const ExtentMap &extents() const { return extents_; }
+    // Is what is dirty reported? Outlives the owner.
+    [[nodiscard]] bool reported() const { return record_.reported(); }
+    void set_reported(bool on) { record_.set_reported(on); }
 
     // Calls visit(Extent) for all that devices may have translations of.
     template <class Visit> void for_each_known(Visit visit) const
@@ -140,7 +149,7 @@ template <Format F> class Slice
                 retire(below);
         }
         std::atomic_ref entry(entries(number(iova, level))[entry_index(iova, level)]);
-        const std::uint64_t leaf = F::leaf(oa, level, rights);
+        const std::uint64_t leaf = F::leaf(oa, entry_lg2(level), rights, tracked_);
         if (!F::same_translation(entry.load(std::memory_order_relaxed), leaf)) // what it was is no concern of any order
             entry.store(leaf, std::memory_order_seq_cst);
         point(Point::map_leaf_stored);
@@ -184,7 +193,7 @@ template <Format F> class Slice
     // stays, since it is about to be mapped again.
     void reclaim(std::uint64_t start, std::uint64_t end)
     {
-        for (unsigned level = top_level; level-- > 0;) {
+        for (unsigned level = std::min(top_level, h_.root_level); level-- > 0;) {
             const unsigned span_lg2 = entry_lg2(level + 1);
             const std::uint64_t from = (start + (1ull << span_lg2) - 1) >> span_lg2;
             const std::uint64_t upto = end >> span_lg2;
@@ -288,15 +297,12 @@ template <Format F> class Slice
     static void clean(const Line &line, unsigned mask)
     {
         for (; mask != 0; mask &= mask - 1)
-            std::atomic_ref(line.entries[std::countr_zero(mask)]).fetch_and(~F::dirty_bit, std::memory_order_seq_cst);
+            F::make_clean(line.entries[std::countr_zero(mask)]);
     }
 
     // Sets D in the owner's name: a device may have written there and cannot say so any more. Summarized by nobody: the owner owes
     // a full scan.
-    static void make_dirty(const Leaf &leaf)
-    {
-        std::atomic_ref(*leaf.entry).fetch_or(F::dirty_bit, std::memory_order_seq_cst);
-    }
+    static void make_dirty(const Leaf &leaf) { F::make_dirty(*leaf.entry); }
 
   private:
     using Bits = std::vector<std::uint64_t>;
@@ -340,7 +346,7 @@ template <Format F> class Slice
     [[nodiscard]] std::uint64_t *entries(std::uint64_t table) const
     {
         if (table < tops())
-            return tables_.entries(first_top_table(h_.aperture_lg2, top_level) + (base(table) >> top_span_lg2));
+            return tables_.entries(first_top_table(h_, top_level) + (base(table) >> top_span_lg2));
         return tables_.entries(first_table_ + table);
     }
 
@@ -463,6 +469,7 @@ template <Format F> class Slice
     std::uint64_t start_;
     std::uint64_t end_;
     unsigned leaf_lg2_max_;
+    bool tracked_;
     Backing backing_;
     SliceRecord record_;
     std::array<std::uint64_t, top_level + 1> first_{}; // number of the first table of each level
@@ -476,8 +483,8 @@ template <Format F> class Slice
 template <Format F> void make_top_tables(const dr_translation_header &h, const Tables &tables)
 {
     for (unsigned level = h.root_level; level > top_level; --level) {
-        const std::uint64_t parents = first_top_table(h.aperture_lg2, level);
-        const std::uint64_t children = first_top_table(h.aperture_lg2, level - 1);
+        const std::uint64_t parents = first_top_table(h, level);
+        const std::uint64_t children = first_top_table(h, level - 1);
         for (std::uint64_t i = 0; i < covering(h.aperture_lg2, entry_lg2(level)); ++i)
             tables.entries(parents + i / table_entries)[i % table_entries] = F::table(children + i, level - 1);
     }

@@ -1,8 +1,9 @@
-// What the owner of a slice must know again after its process has died: which tables are linked, and what is mapped. Kept in memory
-// that outlives the process and that no peer sees.
+// What the owner of a slice must know again after its process has died: which tables are linked, what is mapped, and whether dirt is
+// reported. Kept in memory that outlives the process and that no peer sees.
 //
 //    ┌──────────────────────────────────┐
-//    │ header: extents ever in use      │  one page
+//    │ header: extents ever in use,     │
+//    │         reported: 1, dirt is     │  one page
 //    │ occupied: a bit for each word    │  whole pages; set before and cleared after the first and last bit of its word
 //    │ linked: a bit for each table     │  whole pages
 //    │ extents: a slot for each         │
@@ -64,12 +65,17 @@ class SliceRecord
     // `base`: zeroes, or what an owner before has left.
     SliceRecord(std::byte *base, const dr_translation_header &h, MakePresent make_present)
         : extents_used_(reinterpret_cast<std::uint64_t *>(base)),
+          reported_(reinterpret_cast<std::uint64_t *>(base) + 1),
           occupied_(reinterpret_cast<std::uint64_t *>(base + page)),
           linked_(reinterpret_cast<std::uint64_t *>(base + linked_offset(h))),
           extents_(reinterpret_cast<ExtentRecord *>(base + extents_offset(h))), words_(shard_tables(h.slice_lg2) / 64),
           linked_offset_(linked_offset(h)), extents_offset_(extents_offset(h)), make_present_(std::move(make_present))
     {
     }
+
+    // Devices may set D all the time; it is reported between ENABLE and DISABLE.
+    [[nodiscard]] bool reported() const { return *reported_ != 0; }
+    void set_reported(bool on) { store(*reported_, on ? 1 : 0); }
 
     // ---- tables: one bit for each of the slice's numbers ----
 
@@ -204,6 +210,7 @@ class SliceRecord
     }
 
     std::uint64_t *extents_used_ = nullptr; // slots that may be in use
+    std::uint64_t *reported_ = nullptr;
     std::uint64_t *occupied_ = nullptr;
     std::uint64_t *linked_ = nullptr;
     ExtentRecord *extents_ = nullptr;

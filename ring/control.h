@@ -137,10 +137,16 @@ struct dr_object {
 };
 
 enum dr_format {
-    DR_FORMAT_AMDV1 = 1, /* AMD I/O Virtualization Technology (IOMMU) Specification, v1 page tables */
+    DR_FORMAT_AMDV1 = 1,     /* AMD I/O Virtualization Technology (IOMMU) Specification, v1 page tables: 1 to 6 levels */
+    DR_FORMAT_VTDSS = 2,     /* Intel Virtualization Technology for Directed I/O, second stage: 3 to 5 levels */
+    DR_FORMAT_SMMUV3_S2 = 3, /* Arm SMMUv3, stage 2, granule of 4 KiB: 2 to 4 levels, OAs below 2^48 */
+    DR_FORMAT_SMMUV3_S1 = 4, /* the same of stage 1; without a write-only right: what may be written may be read */
 };
 
 #define DR_HWPT_DIRTY_TRACKING (1u << 0) /* as IOMMU_HWPT_ALLOC_DIRTY_TRACKING: refuse devices that cannot */
+/* With DR_HWPT_DIRTY_TRACKING: devices set Dirty from the start, and ENABLE and DISABLE begin and end the reporting only. SMMUv3 formats
+ * are so without being asked, since there a clean leaf can be written only while the hardware sets Dirty. */
+#define DR_HWPT_ALWAYS_ON (1u << 1)
 
 /* ENOENT: no such ioas. EOPNOTSUPP: format; space is DR_SPACE_OA without DR_FEATURE_OA_SPACE. EINVAL: any other field out of its range. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps
  * (an hwpt comes before the maps of its ioas). */
@@ -149,13 +155,14 @@ struct dr_hwpt_alloc {
     uint32_t ioas;
     uint32_t format;          /* enum dr_format */
     uint32_t flags;           /* DR_HWPT_* */
-    uint32_t aperture_lg2;    /* the IOVA space is [0, 2^aperture_lg2): 30 to 48 */
-    uint32_t shards;          /* slices of the space, each with a ring: a power of two, each slice >= 1 GiB */
-    uint32_t leaf_lg2_max;    /* largest leaf used: 12, 21 or 30; what is dirty is known by leaf */
+    uint32_t aperture_lg2;    /* the IOVA space is [0, 2^aperture_lg2): 21 to 48 */
+    uint32_t shards;          /* slices of the space, each with a ring: a power of two, each slice >= 1 GiB, or 1 */
+    uint32_t leaf_lg2_max;    /* largest leaf used, if the levels allow it: 12, 21 or 30; what is dirty is known by leaf */
     uint32_t space;           /* enum dr_space: what runs name */
     uint32_t ring_entries;    /* of each ring: a power of two, DR_CAPACITY_MIN to DR_CAPACITY_MAX */
     uint32_t min_interval_us; /* a slice in which something was dirty is not swept again before this many µs;
                                  0: not before its consumer has released everything */
+    uint32_t levels;          /* of tables, within what the format has and the aperture needs; 0: as few as that */
 };
 
 struct dr_hwpt {
@@ -228,7 +235,7 @@ DR_STATIC_ASSERT(sizeof(struct dr_ring_get) == 12, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_ring) == 8, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_guest) == 28, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_memory_region) == 32, "ABI");
-DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 40, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 44, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 48, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_device) == 16 + 24 * DR_GUEST_REGIONS_MAX, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_refusal) == 252, "ABI");

@@ -239,7 +239,8 @@ enum dr_command_flags {
  *           length 0; a map without rights; both DEFERRED
  *           and DISCARD                                  ENOENT  no such object; unmap: nothing there, or the range
  *   ERANGE  outside the IOVA space                               cuts a map in two
- *   EEXIST  map: something is mapped there               EFAULT  map: the OA is not in the guest's memory
+ *   EEXIST  map: something is mapped there               EFAULT  map: the OA is not in the guest's memory, or the format
+ *                                                                cannot name it
  *   ENOMEM  no memory for tables; nothing was mapped     ENOSPC  map: no hwpt in this ioas
  *   EAGAIN  unmap: the ring is full; `done` bytes from iova are unmapped: release entries, then ask for the rest
  *   EALREADY enable/disable: it is so already            EOPNOTSUPP enable, disable, sync: no dirty tracking

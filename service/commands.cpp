@@ -200,7 +200,7 @@ int Commands::start_map(CommandRecord &record)
         if (m.oa <= backed && backed - m.oa < m.length)
             backed = m.oa + m.length;
     }
-    if (backed - request.oa < request.length)
+    if (backed - request.oa < request.length || request.oa + request.length > 1ull << route->oa_lg2)
         return -EFAULT;
     if (meets_one_in_flight(request, end))
         return -EINPROGRESS;

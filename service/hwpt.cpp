@@ -1,6 +1,6 @@
 #include "service/hwpt.hpp"
 
-#include "iommu/format_amdv1.hpp"
+#include "iommu/formats.hpp"
 #include "iommu/slice.hpp"
 
 #include <fmt/format.h>
@@ -9,6 +9,7 @@
 #include <atomic>
 #include <bit>
 #include <cerrno>
+#include <string>
 #include <utility>
 
 namespace dirtyring::service {
@@ -20,23 +21,64 @@ static_assert(iommu::shards_max == DR_SHARDS_MAX);
 // A generation is touched where something is mapped only; beyond this many bytes they come into being then.
 constexpr std::uint64_t translation_present_max = 16ull << 20;
 
-Result<void> check(const dr_hwpt_alloc &r)
+static_assert(iommu::AmdV1::id == DR_FORMAT_AMDV1 && iommu::VtdSs::id == DR_FORMAT_VTDSS);
+static_assert(iommu::SmmuV3S2::id == DR_FORMAT_SMMUV3_S2 && iommu::SmmuV3S1::id == DR_FORMAT_SMMUV3_S1);
+
+std::string known_formats()
 {
-    if (r.format != DR_FORMAT_AMDV1)
-        return refusal(EOPNOTSUPP, fmt::format("format {} is not known here, AMD v1 ({}) is", r.format,
-                                               static_cast<unsigned>(DR_FORMAT_AMDV1)));
-    if ((r.flags & ~DR_HWPT_DIRTY_TRACKING) != 0)
-        return refusal(EINVAL,
-                       fmt::format("flags {:#x} of the hwpt: only {:#x} is known", r.flags, DR_HWPT_DIRTY_TRACKING));
+    std::string names;
+    iommu::for_each_format(
+        [&](auto f) { names += fmt::format("{}{} ({})", names.empty() ? "" : ", ", f.name, unsigned{f.id}); });
+    return names;
+}
+
+// The levels of an hwpt, given the format's range; 0: none will do.
+unsigned levels_of(const dr_hwpt_alloc &r, unsigned min, unsigned max)
+{
+    const unsigned fewest = std::max(min, iommu::levels_needed(r.aperture_lg2));
+    const unsigned levels = r.levels == 0 ? fewest : r.levels;
+    return levels >= fewest && levels <= max ? levels : 0;
+}
+
+unsigned levels_of(const dr_hwpt_alloc &r)
+{
+    return iommu::with_format(r.format, [&](auto f) { return levels_of(r, f.levels_min, f.levels_max); });
+}
+
+Result<void> check_geometry(const dr_hwpt_alloc &r)
+{
     if (r.aperture_lg2 < iommu::aperture_lg2_min || r.aperture_lg2 > iommu::aperture_lg2_max)
         return refusal(EINVAL, fmt::format("aperture_lg2 is {}, expected {} to {}", r.aperture_lg2,
                                            iommu::aperture_lg2_min, iommu::aperture_lg2_max));
-    const std::uint64_t shards_max =
-        std::min<std::uint64_t>(DR_SHARDS_MAX, 1ull << (r.aperture_lg2 - iommu::largest_leaf_lg2));
-    if (!std::has_single_bit(r.shards) || r.shards > shards_max)
-        return refusal(EINVAL,
-                       fmt::format("shards is {}, expected a power of two up to {} (each slice holds 1 GiB or more)",
-                                   r.shards, shards_max));
+    if (levels_of(r) == 0)
+        return iommu::with_format(r.format, [&](auto f) -> Result<void> {
+            return refusal(EINVAL,
+                           fmt::format("levels is {}, expected {} to {}, which {} has and 2^{} bytes need", r.levels,
+                                       std::max(unsigned{f.levels_min}, iommu::levels_needed(r.aperture_lg2)),
+                                       unsigned{f.levels_max}, f.name, r.aperture_lg2));
+        });
+    const unsigned shards_most = iommu::shards_most(r.aperture_lg2);
+    if (!std::has_single_bit(r.shards) || r.shards > shards_most)
+        return refusal(
+            EINVAL, fmt::format("shards is {}, expected a power of two up to {} (each slice holds 1 GiB or everything)",
+                                r.shards, shards_most));
+    return {};
+}
+
+Result<void> check(const dr_hwpt_alloc &r)
+{
+    if (!iommu::knows_format(r.format))
+        return refusal(EOPNOTSUPP,
+                       fmt::format("format {} is not known here, expected one of {}", r.format, known_formats()));
+    constexpr std::uint32_t flags = DR_HWPT_DIRTY_TRACKING | DR_HWPT_ALWAYS_ON;
+    if ((r.flags & ~flags) != 0)
+        return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: only {:#x} are known", r.flags, flags));
+    if (r.flags == DR_HWPT_ALWAYS_ON)
+        return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: DR_HWPT_ALWAYS_ON ({:#x}) without "
+                                           "DR_HWPT_DIRTY_TRACKING ({:#x})",
+                                           r.flags, DR_HWPT_ALWAYS_ON, DR_HWPT_DIRTY_TRACKING));
+    if (auto ok = check_geometry(r); !ok)
+        return ok;
     if (r.leaf_lg2_max != 12 && r.leaf_lg2_max != 21 && r.leaf_lg2_max != 30)
         return refusal(EINVAL, fmt::format("leaf_lg2_max is {}, expected 12, 21 or 30", r.leaf_lg2_max));
     if (r.space != DR_SPACE_IOVA && r.space != DR_SPACE_OA)
@@ -65,7 +107,7 @@ Result<std::unique_ptr<Hwpt>> Hwpt::make(const HwptPlan &plan, const std::vector
         return tl::unexpected(ok.error());
     auto hwpt = std::make_unique<Hwpt>();
     hwpt->tracks = (request.flags & DR_HWPT_DIRTY_TRACKING) != 0;
-    hwpt->geometry = iommu::make_geometry(request.format, request.aperture_lg2, request.shards);
+    hwpt->geometry = iommu::make_geometry(request.format, request.aperture_lg2, request.shards, levels_of(request));
     if (auto ok = hwpt->make_regions(plan, holdings); !ok)
         return tl::unexpected(ok.error());
     for (std::uint32_t i = 0; i < request.shards; ++i) {
@@ -101,13 +143,25 @@ Result<void> Hwpt::make_regions(const HwptPlan &plan, Holdings &holdings)
                    translation.make_present(0, std::min(h.translation_size, translation_present_max)) == 0;
     for (std::uint32_t i = 0; i < h.shards; ++i)
         present = present && records.make_present(i * record_size, iommu::SliceRecord::head_size(h)) == 0;
+    for (unsigned level = h.root_level; level < iommu::top_level; ++level) // a root of the slice's own, see Slice
+        present = present && make_table_present(iommu::first_number(h.slice_lg2, level));
     if (!present)
         return refusal(ENOMEM, "no memory for the top tables and generations");
-    iommu::make_top_tables<iommu::AmdV1>(h, iommu::Tables(tables.map.data(), h));
+    iommu::with_format(h.format,
+                       [&](auto f) { iommu::make_top_tables<decltype(f)>(h, iommu::Tables(tables.map.data(), h)); });
     auto *controls = translation.map.as<dr_shard_control>(h.shard_controls);
     for (std::uint32_t i = 0; i < h.shards; ++i)
         controls[i].first_table = iommu::first_table(h, i);
     return {};
+}
+
+bool Hwpt::make_table_present(std::uint64_t number)
+{
+    const std::uint64_t table = iommu::first_table(geometry, 0) + number;
+    return tables.make_present(geometry.table_pages + (table << iommu::table_size_lg2), 1u << iommu::table_size_lg2) ==
+               0 &&
+           tables.make_present(geometry.line_words + table * 8, 8) == 0 &&
+           tables.make_present(geometry.table_bits + table / 8, 1) == 0 && slice_record(0).make_present(number, 1) == 0;
 }
 
 Result<void> Hwpt::make_shard_home(const HwptPlan &plan, std::uint32_t index, Walker &owner, Holdings &holdings)
@@ -160,6 +214,7 @@ Result<void> Hwpt::make_shard_home(const HwptPlan &plan, std::uint32_t index, Wa
     config.leaf_lg2_max = request.leaf_lg2_max;
     config.producer = tracks ? home.producer.map.as<dr_ring_producer>() : nullptr;
     config.consumer = tracks ? home.consumer.map.as<dr_ring_consumer>() : nullptr;
+    config.always_on = (request.flags & DR_HWPT_ALWAYS_ON) != 0;
     config.min_interval_ns = std::uint64_t{request.min_interval_us} * 1000;
     config.backing.make_present = [this](std::uint64_t offset, std::uint64_t length) {
         return tables.make_present(offset, length);
@@ -181,9 +236,10 @@ dr_hwpt Hwpt::reply() const
 
 HwptRoute Hwpt::route() const
 {
-    HwptRoute route{
-        slot->request.ioas, geometry.aperture_lg2, geometry.slice_lg2, tracks, slot->request.space == DR_SPACE_IOVA, {},
-        &slot->tracking};
+    const unsigned oa_lg2 = iommu::with_format(geometry.format, [](auto f) { return unsigned{f.oa_lg2}; });
+    const bool epochs = slot->request.space == DR_SPACE_IOVA;
+    HwptRoute route{slot->request.ioas, geometry.aperture_lg2, geometry.slice_lg2, oa_lg2, tracks, epochs, {},
+                    &slot->tracking};
     for (const ShardHome &s : shards)
         route.shards.push_back({s.shard.get(), s.owner});
     return route;

@@ -58,6 +58,8 @@ struct Hwpt {
 
   private:
     Result<void> make_regions(const HwptPlan &plan, Holdings &holdings);
+    // Of shard 0, by its number: its entries, its summary and its place in the record.
+    bool make_table_present(std::uint64_t number);
     Result<void> make_shard_home(const HwptPlan &plan, std::uint32_t index, Walker &owner, Holdings &holdings);
 };
 

@@ -1,5 +1,6 @@
 #include "service/options.hpp"
 
+#include "iommu/formats.hpp"
 #include "ring/control.h"
 #include "service/listener.hpp"
 
@@ -8,6 +9,7 @@
 #include <systemd/sd-daemon.h>
 
 #include <cstdio>
+#include <string>
 
 namespace dirtyring::service {
 
@@ -16,10 +18,12 @@ namespace {
 // As vhost-user back-ends print theirs: one JSON object.
 void print_capabilities()
 {
+    std::string formats;
+    iommu::for_each_format([&](auto f) { formats += fmt::format("{}\"{}\"", formats.empty() ? "" : ", ", f.name); });
     fmt::print("{{\n  \"type\": \"dirtyring\",\n  \"protocol\": {},\n  \"ring\": {},\n  \"features\": [\"summary\", "
                "\"oa-space\"],\n"
-               "  \"formats\": [\"amdv1\"]\n}}\n",
-               DR_PROTOCOL_VERSION, DR_RING_VERSION);
+               "  \"formats\": [{}]\n}}\n",
+               DR_PROTOCOL_VERSION, DR_RING_VERSION, formats);
 }
 
 } // namespace

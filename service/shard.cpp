@@ -1,9 +1,8 @@
 #include "service/shard.hpp"
 
-#include "iommu/format_amdv1.hpp"
+#include "iommu/formats.hpp"
 #include "iommu/invalidation.hpp"
 #include "iommu/slice.hpp"
-#include "ring/control.h"
 #include "service/leaf_taker.hpp"
 #include "service/op_queue.hpp"
 #include "service/owed_pins.hpp"
@@ -40,16 +39,19 @@ template <iommu::Format F> class ShardOf final : public Shard
 {
   public:
     explicit ShardOf(ShardConfig config)
-        : slice_(config.geometry, config.index, config.tables, config.leaf_lg2_max, std::move(config.backing),
-                 std::move(config.record)),
+        : slice_(config.geometry, config.index, config.tables, config.leaf_lg2_max, config.producer != nullptr,
+                 std::move(config.backing), std::move(config.record)),
           invalidation_(config.generations), taker_(slice_, invalidation_), control_(config.control),
-          noted_(1ull << config.index), min_interval_ns_(config.min_interval_ns), stall_ns_(config.stall_ns),
-          stalled_(std::move(config.stalled)), ops_(*config.control)
+          noted_(1ull << config.index), always_on_(config.producer != nullptr && (F::always_on || config.always_on)),
+          min_interval_ns_(config.min_interval_ns), stall_ns_(config.stall_ns), stalled_(std::move(config.stalled)),
+          ops_(*config.control)
     {
         if (config.producer != nullptr)
             ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
         if (config.restored)
             restore();
+        else
+            tell_devices();
     }
 
     bool step(std::uint64_t now_ns) override
@@ -257,7 +259,8 @@ template <iommu::Format F> class ShardOf final : public Shard
     void restore()
     {
         restored_ = true;
-        tracking_ = std::atomic_ref(control_->tracking).load(std::memory_order_relaxed) != 0; // nobody else writes it
+        tracking_ = slice_.reported();
+        tell_devices(); // the owner before may have died in between
         std::atomic_ref(control_->asleep).store(DR_AWAKE, std::memory_order_seq_cst);
         if (fault(Fault::restart_opens_early))
             ops_.restore();
@@ -588,8 +591,10 @@ template <iommu::Format F> class ShardOf final : public Shard
             finish(op, taken.full ? -EAGAIN : result);
     }
 
-    // Clean, then arm, then make everybody walk again. While tracking is off nobody sets D, so what is cleaned stays clean; a
-    // leaf left dirty would never be summarized again.
+    // Clean, then arm, then make everybody walk again. Where devices are not armed, what is cleaned stays clean; a leaf left dirty
+    // would never be summarized again. Where they are always armed, they mark on: a leaf that was marked and cleaned is written without
+    // D by those who have it cached, until they walk again, which is before the reply and so before the VMM copies everything; one that
+    // was marked after it was cleaned has its summary and is reported.
     void run_enable(ShardOp &op)
     {
         if (tracking_) // a restart: it was armed, so what is dirty now is to be reported
@@ -621,6 +626,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         finish(op, 0);
     }
 
+    // What was taken from the summary is forgotten: the next enable cleans every leaf.
     void run_disable(ShardOp &op)
     {
         set_tracking(false);
@@ -631,11 +637,17 @@ template <iommu::Format F> class ShardOf final : public Shard
         finish(op, 0);
     }
 
-    // Devices load it after the generation, which is advanced behind it.
     void set_tracking(bool on)
     {
         tracking_ = on;
-        std::atomic_ref(control_->tracking).store(on ? 1 : 0, std::memory_order_seq_cst);
+        slice_.set_reported(on);
+        tell_devices();
+    }
+
+    // Devices load it after the generation, which is advanced behind it.
+    void tell_devices()
+    {
+        std::atomic_ref(control_->context).store(F::context(always_on_ || tracking_), std::memory_order_seq_cst); // S7
     }
 
     iommu::Slice<F> slice_;
@@ -645,13 +657,14 @@ template <iommu::Format F> class ShardOf final : public Shard
     std::optional<Publisher> ring_; // with dirty tracking only
     dr_shard_control *control_;
     std::uint64_t noted_; // our bit in ShardOp::note of a sync
+    bool always_on_;      // devices set D whether it is reported or not
     std::uint64_t min_interval_ns_;
     std::uint64_t stall_ns_;
     std::function<void(const dr_cell *)> stalled_;
     bool told_ = false;               // that a grace period stalls
     std::uint64_t waiting_since_ = 0; // ns, the grace period
     bool restored_ = false;           // and has not begun again
-    bool tracking_ = false;
+    bool tracking_ = false;           // dirt is reported
     bool cancelled_ = false;
 
     Pass<F> pass_;
@@ -680,12 +693,9 @@ template <iommu::Format F> class ShardOf final : public Shard
 
 std::unique_ptr<Shard> make_shard(unsigned format, ShardConfig config)
 {
-    switch (format) {
-    case DR_FORMAT_AMDV1:
-        return std::make_unique<ShardOf<iommu::AmdV1>>(std::move(config));
-    default:
-        return nullptr;
-    }
+    return iommu::with_format(format, [&](auto f) -> std::unique_ptr<Shard> {
+        return std::make_unique<ShardOf<decltype(f)>>(std::move(config));
+    });
 }
 
 } // namespace dirtyring::service

@@ -64,6 +64,7 @@ struct ShardConfig {
     unsigned leaf_lg2_max = iommu::granule_lg2;
     dr_ring_producer *producer = nullptr; // with a header; nullptr: no dirty tracking
     dr_ring_consumer *consumer = nullptr;
+    bool always_on = false; // with a ring: devices set D from the start, reported or not
     std::uint64_t min_interval_ns = 0;
     iommu::Backing backing;
     iommu::SliceRecord record; // empty, or what the owner before has left
@@ -111,7 +112,7 @@ class Shard
     [[nodiscard]] virtual ShardCounters counters() const = 0;
 };
 
-// format: enum dr_format.
+// format: enum dr_format, known here.
 std::unique_ptr<Shard> make_shard(unsigned format, ShardConfig config);
 
 } // namespace dirtyring::service

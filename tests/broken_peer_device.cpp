@@ -51,7 +51,7 @@ class Device : public check::Peer
         if (!known && fault != "any_header")
             throw check::Broken("not a translation region of ours");
         tables_ = iommu::Tables(tables_map_.data(), h_);
-        tracked_at_first_ = control().tracking != 0;
+        tracked_at_first_ = AmdV1::tracks(control().context);
     }
 
     // Pages of four regions, downwards, again and again.
@@ -146,9 +146,12 @@ class Device : public check::Peer
         const bool stale = fault_ == "stale_iotlb" && known != marked_.end();
         if (stale || (known != marked_.end() && known->second == generation(iova)))
             return true;
-        const bool tracked = fault_ == "tracking_once" ? tracked_at_first_ : word(control().tracking).load() != 0;
+        const bool tracked =
+            fault_ == "tracking_once" ? tracked_at_first_ : AmdV1::tracks(word(control().context).load());
         std::uint64_t now = leaf.seen;
-        if (fault_ == "plain_store") {
+        if (!tracked && fault_ != "marks_untracked") {
+            // neither A nor D
+        } else if (fault_ == "plain_store") {
             spin(std::chrono::milliseconds(2));
             word(*leaf.entry).store(AmdV1::accessed(now, tracked));
         } else if (fault_ != "no_dirty") {

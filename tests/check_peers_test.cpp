@@ -92,7 +92,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{Role::device, "no_bell", {"D-14"}}, Case{Role::device, "after_detach", {"D-15"}},
                     Case{Role::device, "pin_right", {}}, Case{Role::device, "pin_odd_first", {"D-16"}},
                     Case{Role::device, "pin_ignores_closed", {"D-17"}}, Case{Role::device, "pin_marks_early", {"D-18"}},
-                    Case{Role::device, "pin_gives_back_early", {"D-19"}}, Case{Role::device, "pin_no_bell", {"D-20"}}),
+                    Case{Role::device, "pin_gives_back_early", {"D-19"}}, Case{Role::device, "pin_no_bell", {"D-20"}},
+                    Case{Role::device, "marks_untracked", {"D-21"}}),
     name_of);
 
 // A situation that no longer comes about is noticed: what must pass is named.
@@ -121,7 +122,7 @@ TEST(CheckOurs, UringConsumer)
 TEST(CheckOurs, Device)
 {
     expect_ours("device", {"F-1", "F-2", "F-18", "H-1", "D-1", "D-2", "D-3", "D-4", "D-6", "D-7", "D-8", "D-9", "D-10",
-                           "D-11", "D-12", "D-13", "D-14", "D-15"});
+                           "D-11", "D-12", "D-13", "D-14", "D-15", "D-21"});
 }
 
 TEST(CheckOurs, FileReader)

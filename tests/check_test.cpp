@@ -461,7 +461,7 @@ void frozen_translation(Service &s)
         for (std::uint32_t shard = 0; shard < header.shards; ++shard) {
             auto &control = frozen.map.as<dr_shard_control>(header.shard_controls)[shard];
             control.asleep = DR_ASLEEP;
-            control.tracking = 1;
+            control.context = iommu::AmdV1::context(true);
         }
         need(frozen.read_only(reply.fds[1]), "reopen");
         return true;

@@ -194,7 +194,16 @@ TEST_F(ClientLibrary, SetsUpAGuest)
     EXPECT_EQ(asked.aperture_lg2, 39u);
     EXPECT_EQ(asked.flags, DR_HWPT_DIRTY_TRACKING);
     EXPECT_EQ(asked.ring_entries, 4096u);
-    attr.reserved[3] = 1;
+    EXPECT_EQ(asked.format, static_cast<unsigned>(DR_FORMAT_AMDV1));
+    EXPECT_EQ(asked.levels, 0u);
+    attr.format = DR_FORMAT_VTDSS;
+    attr.levels = 5;
+    attr.always_on = 1;
+    EXPECT_EQ(dirtyring_hwpt_alloc(vm.get(), ioas, &attr, &hwpt), 0);
+    EXPECT_EQ(asked.format, static_cast<unsigned>(DR_FORMAT_VTDSS));
+    EXPECT_EQ(asked.levels, 5u);
+    EXPECT_EQ(asked.flags, DR_HWPT_DIRTY_TRACKING | DR_HWPT_ALWAYS_ON);
+    attr.reserved[1] = 1;
     EXPECT_EQ(dirtyring_hwpt_alloc(vm.get(), ioas, &attr, &hwpt), -EINVAL);
     EXPECT_EQ(dirtyring_destroy(vm.get(), hwpt), -EOPNOTSUPP);
     EXPECT_STREQ(dirtyring_error(), "unknown request");

@@ -25,9 +25,9 @@ class ClientPins : public ClientDevice
         using iommu::AmdV1;
         ClientDevice::SetUp();
         for (const auto &[from, to] : {std::pair{16, 20}, {17, 21}, {18, 40}, {19, 41}})
-            entry(first + 1, from) = AmdV1::leaf(to * page, 0, {true, true});
-        entry(first + 1, 24) = AmdV1::leaf(3 * page, 0, {false, true});
-        entry(first, 2) = AmdV1::leaf(0, 1, {true, true}); // so that 4 MiB are mapped from large_iova
+            entry(first + 1, from) = AmdV1::leaf(to * page, 12, {true, true});
+        entry(first + 1, 24) = AmdV1::leaf(3 * page, 12, {false, true});
+        entry(first, 2) = AmdV1::leaf(0, 21, {true, true}); // so that 4 MiB are mapped from large_iova
         attach();
         dma = dirtyring_device_dma(device, 0);
         ASSERT_NE(dma, nullptr);

@@ -317,7 +317,7 @@ class Life
         commands_.emplace(std::move(config));
         commands_->add_memory(0, 1ull << 40);
         if (objects == Objects::all) {
-            HwptRoute route{ioas, aperture_lg2, slice_lg2, true, true, {}, &memory.hwpt_record};
+            HwptRoute route{ioas, aperture_lg2, slice_lg2, 52, true, true, {}, &memory.hwpt_record};
             for (unsigned i = 0; i < shards; ++i) {
                 shards_.push_back(std::make_unique<PlayedShard>(memory.slices[i], random, complaints));
                 route.shards.push_back({shards_.back().get(), i % 2 == 0 ? &home_ : &other_});

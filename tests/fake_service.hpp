@@ -435,13 +435,13 @@ class ClientDevice : public testing::Test
     void SetUp() override
     {
         service.listen();
-        geometry = iommu::make_geometry(DR_FORMAT_AMDV1, 30, 1);
+        geometry = iommu::make_geometry(DR_FORMAT_AMDV1, 30, 1, 3);
         ASSERT_EQ(tables.make("tables", geometry.tables_size, Pages::sparse), 0);
         ASSERT_EQ(translation.make("translation", geometry.translation_size, Pages::present), 0);
         ASSERT_EQ(cells.make("cells", threads * (sizeof(dr_cell) + pins * sizeof(dr_pin)), Pages::present), 0);
         ASSERT_EQ(memory.make("memory", 4ull << 20, Pages::present), 0);
         std::memcpy(translation.map.data(), &geometry, sizeof geometry);
-        control().tracking = 1;
+        control().context = iommu::AmdV1::context(true);
         build_tables();
 
         service.on[DR_DEVICE_ATTACH] = [this](auto &) {
@@ -489,10 +489,10 @@ class ClientDevice : public testing::Test
         first = iommu::first_table(geometry, 0) + 1;
         entry(geometry.root, 0) = AmdV1::table(first, 1);
         entry(first, 0) = AmdV1::table(first + 1, 0);
-        entry(first, 1) = AmdV1::leaf(2ull << 20, 1, {true, true});
-        entry(first + 1, iova / page) = AmdV1::leaf(page, 0, {true, true});
-        entry(first + 1, iova / page + 1) = AmdV1::leaf(2 * page, 0, {true, false});
-        entry(first + 1, iova / page + 2) = AmdV1::leaf(1ull << 40, 0, {true, true});
+        entry(first, 1) = AmdV1::leaf(2ull << 20, 21, {true, true});
+        entry(first + 1, iova / page) = AmdV1::leaf(page, 12, {true, true});
+        entry(first + 1, iova / page + 1) = AmdV1::leaf(2 * page, 12, {true, false});
+        entry(first + 1, iova / page + 2) = AmdV1::leaf(1ull << 40, 12, {true, true});
     }
 
     const std::uint32_t pins; // of each thread

@@ -99,6 +99,19 @@ migrate_killed_viommu_oa() { killed oa guest-md5sum-viommu; }
 migrate_killed_viommu_iova() { killed iova guest-md5sum-viommu --ring-entries 1024; }
 migrate_devices_and_shards() { trace oa guest-md5sum --devices 2 --ring-entries 64; }
 
+# The same load in page tables of each other format.
+of_format()
+{
+    "$bin/dirtyring" migrate --memory 256M --pattern hotset --rate 20000 --seconds 1 --bandwidth 400M --format "$@" --json "$dir/json"
+    grep -q "\"format\": \"$1\"" "$dir/json" || fail "the results name another format"
+    at_least "$dir/json" runs_while_writing 100
+    no_remains "migrate --format $1"
+}
+
+migrate_vtdss() { of_format vtdss --leaf 2M; }
+migrate_smmuv3s2() { of_format smmuv3s2 --space iova; }
+migrate_smmuv3s1() { of_format smmuv3s1 --devices 2 --shards 2; }
+
 migrate_synthetic()
 {
     local pattern
@@ -163,6 +176,7 @@ bad_input()
     expect 2 'memory' "${tool[@]}" --memory 100000T
     expect 2 'memory' "${tool[@]}" --memory lots
     expect 2 'pattern' "${tool[@]}" --pattern zigzag
+    expect 2 'amdv1.*vtdss' "${tool[@]}" --format sv48
     expect 2 'no-such' "${tool[@]}" --no-such-option
     expect 2 'kill-service' "${tool[@]}" --kill-service 0
     expect 2 'kill-service' "${tool[@]}" --kill-service 100 --tracking none
@@ -318,7 +332,7 @@ conformance()
 }
 
 cases=(migrate_oa migrate_iova migrate_viommu_oa migrate_viommu_iova migrate_killed_oa migrate_killed_viommu_oa
-    migrate_killed_viommu_iova migrate_devices_and_shards migrate_synthetic migrate_untracked migrate_with_running_service bad_input no_permission two_services_one_socket interrupted a_part_killed
+    migrate_killed_viommu_iova migrate_devices_and_shards migrate_vtdss migrate_smmuv3s2 migrate_smmuv3s1 migrate_synthetic migrate_untracked migrate_with_running_service bad_input no_permission two_services_one_socket interrupted a_part_killed
     examples file_reader conformance)
 if [ "${1-}" = --list ]; then
     printf '%s\n' "${cases[@]}"

@@ -8,6 +8,7 @@
 #include <array>
 #include <cerrno>
 #include <set>
+#include <string>
 #include <string_view>
 
 namespace dirtyring::test {
@@ -122,7 +123,16 @@ bool scenario(Rig &rig, DeathAt &death)
     return death.run(rig, last);
 }
 
-class Dies : public testing::TestWithParam<dr_space>
+struct Kind {
+    const char *name;
+    dr_space space;
+    unsigned format = iommu::AmdV1::id;
+    bool always_on = false;
+
+    friend void PrintTo(const Kind &k, std::ostream *out) { *out << k.name; }
+};
+
+class Dies : public testing::TestWithParam<Kind>
 {
 };
 
@@ -140,7 +150,11 @@ TEST_P(Dies, AtEveryPlaceAndNothingIsLost)
                                                   "restart_published"};
     for (auto p = static_cast<unsigned>(Point::walker_before_advance); p < names_of_points.size(); ++p) {
         for (const unsigned n : {1u, 2u, 3u, 7u, 20u}) {
-            Rig rig({.space = GetParam(), .capacity = 16, .memory = 64 * MiB});
+            Rig rig({.format = GetParam().format,
+                     .always_on = GetParam().always_on,
+                     .space = GetParam().space,
+                     .capacity = 16,
+                     .memory = 64 * MiB});
             DeathAt death(static_cast<Point>(p), n);
             ASSERT_TRUE(scenario(rig, death)) << names_of_points[p] << ' ' << n << ": " << rig.describe();
             at_point = nullptr;
@@ -148,7 +162,7 @@ TEST_P(Dies, AtEveryPlaceAndNothingIsLost)
             EXPECT_EQ(rig.lost(), 0u) << names_of_points[p] << ' ' << n;
             EXPECT_EQ(rig.stray, 0u) << names_of_points[p] << ' ' << n;
             const bool reached = !elsewhere.contains(names_of_points[p]) &&
-                                 (GetParam() == DR_SPACE_IOVA || names_of_points[p] != "unmap_marked");
+                                 (GetParam().space == DR_SPACE_IOVA || names_of_points[p] != "unmap_marked");
             if (n == 1 && reached) {
                 EXPECT_TRUE(death.came()) << names_of_points[p];
             }
@@ -163,8 +177,13 @@ TEST_P(Dies, AtEveryPlaceAndNothingIsLost)
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Space, Dies, testing::Values(DR_SPACE_IOVA, DR_SPACE_OA),
-                         [](const auto &info) { return info.param == DR_SPACE_OA ? "Oa" : "Iova"; });
+INSTANTIATE_TEST_SUITE_P(Kinds, Dies,
+                         testing::Values(Kind{"Iova", DR_SPACE_IOVA}, Kind{"Oa", DR_SPACE_OA},
+                                         Kind{"IovaAlwaysOn", DR_SPACE_IOVA, iommu::AmdV1::id, true},
+                                         Kind{"IovaVtdSs", DR_SPACE_IOVA, iommu::VtdSs::id},
+                                         Kind{"IovaSmmuV3S2", DR_SPACE_IOVA, iommu::SmmuV3S2::id},
+                                         Kind{"IovaSmmuV3S1", DR_SPACE_IOVA, iommu::SmmuV3S1::id}),
+                         [](const auto &info) { return std::string(info.param.name); });
 
 // It dies while it begins again, as often as it likes.
 TEST(Restart, MayDieItself)

@@ -24,6 +24,15 @@ void must(bool good, const char *what)
     }
 }
 
+// The levels that were asked for, or as few as the format and the aperture allow.
+unsigned levels_of(const RigOptions &options)
+{
+    return iommu::with_format(options.format, [&](auto f) {
+        const unsigned fewest = std::max(unsigned{f.levels_min}, iommu::levels_needed(options.aperture_lg2));
+        return options.levels == 0 ? fewest : options.levels;
+    });
+}
+
 } // namespace
 
 Memory::Memory(std::uint64_t size) : size_(size)
@@ -77,8 +86,8 @@ Pin make_pin(Device &device, std::uint64_t iova, std::uint64_t length, bool writ
 }
 
 Rig::Rig(const RigOptions &options)
-    : geometry(iommu::make_geometry(DR_FORMAT_AMDV1, options.aperture_lg2, options.shards)), source(options.memory),
-      destination(options.memory), options_(options), shards_(options.shards),
+    : geometry(iommu::make_geometry(options.format, options.aperture_lg2, options.shards, levels_of(options))),
+      source(options.memory), destination(options.memory), options_(options), shards_(options.shards),
       retained_(options.shards, geometry.slice_lg2)
 {
     deliver = [this](Op &op) { shard(op.shard).submit(op); };
@@ -89,7 +98,7 @@ Rig::Rig(const RigOptions &options)
          "cells");
 
     const iommu::Tables tables(tables_region_.map.data(), geometry);
-    iommu::make_top_tables<iommu::AmdV1>(geometry, tables);
+    iommu::with_format(options.format, [&](auto f) { iommu::make_top_tables<decltype(f)>(geometry, tables); });
     std::memcpy(translation_region_.map.data(), &geometry, sizeof geometry);
     must(iommu::TranslationView::open(translation_region_.map.data(), geometry.translation_size,
                                       tables_region_.map.data(), geometry.tables_size, view) == 0,
@@ -136,8 +145,8 @@ void Rig::make_shard(unsigned i, bool restored)
     config.control = translation_region_.map.as<dr_shard_control>(geometry.shard_controls) + i;
     config.generations = translation_region_.map.as<std::uint64_t>(geometry.generations);
     config.leaf_lg2_max = options_.leaf_lg2_max;
-    config.producer = s.producer_region.map.as<dr_ring_producer>();
-    config.consumer = s.consumer_region.map.as<dr_ring_consumer>();
+    config.producer = options_.tracked ? s.producer_region.map.as<dr_ring_producer>() : nullptr;
+    config.consumer = options_.tracked ? s.consumer_region.map.as<dr_ring_consumer>() : nullptr;
     config.min_interval_ns = options_.min_interval_ns;
     const auto there = [this](ring::Region &region) {
         return [this, &region](std::uint64_t offset, std::uint64_t length) {
@@ -154,7 +163,8 @@ void Rig::make_shard(unsigned i, bool restored)
     config.stall_ns = options_.stall_ns;
     config.stalled = [&s](const dr_cell *cell) { s.stalled.push_back(cell); };
     config.call = [&s] { ++s.calls; };
-    s.shard = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
+    config.always_on = options_.always_on;
+    s.shard = service::make_shard(options_.format, std::move(config));
     must(s.shard != nullptr, "format");
 }
 
@@ -528,7 +538,7 @@ std::uint64_t *Rig::entry(std::uint64_t iova, unsigned level) const
 {
     std::uint64_t table = geometry.root;
     for (unsigned l = geometry.root_level; l > level; --l) {
-        const iommu::Entry e = iommu::AmdV1::decode(view.tables().entries(table)[iommu::entry_index(iova, l)], l);
+        const iommu::Entry e = decode(view.tables().entries(table)[iommu::entry_index(iova, l)], l);
         if (e.kind != iommu::EntryKind::table)
             return nullptr;
         table = e.address;
@@ -538,11 +548,17 @@ std::uint64_t *Rig::entry(std::uint64_t iova, unsigned level) const
 
 bool Rig::is_dirty(std::uint64_t iova)
 {
-    for (unsigned level = 0; level <= iommu::leaf_level_max; ++level) {
-        if (const std::uint64_t *e = entry(iova, level); e != nullptr && iommu::AmdV1::dirty(*e))
-            return true;
+    for (unsigned level = 0; level <= std::min(geometry.root_level, iommu::leaf_level_max); ++level) {
+        const std::uint64_t *e = entry(iova, level);
+        if (e != nullptr && decode(*e, level).kind == iommu::EntryKind::leaf)
+            return iommu::with_format(options_.format, [&](auto f) { return f.dirty(*e); });
     }
     return false;
+}
+
+iommu::Entry Rig::decode(std::uint64_t entry, unsigned level) const
+{
+    return iommu::with_format(options_.format, [&](auto f) { return f.decode(entry, level); });
 }
 
 std::string Rig::describe()

@@ -4,8 +4,7 @@
 #pragma once
 
 #include "client/retained_map.hpp"
-#include "iommu/dma.hpp"
-#include "iommu/format_amdv1.hpp"
+#include "iommu/any_dma.hpp"
 #include "ring/consumer.hpp"
 #include "ring/control.h"
 #include "ring/region.hpp"
@@ -43,7 +42,7 @@ inline constexpr bool under_tsan = false;
 
 using Harvest = service::ShardOp::Harvest;
 using OpKind = service::ShardOp::Kind;
-using Device = iommu::DmaThread<iommu::AmdV1>;
+using Device = iommu::AnyDmaThread;
 
 struct Op final : service::ShardOp {
     Op() { note = &note_word; }
@@ -76,7 +75,13 @@ bool copy_page(std::byte *to, const std::byte *from);
 // A word that another thread may be writing.
 std::uint64_t peek_word(const std::byte *at);
 
+inline unsigned default_format = iommu::AmdV1::id;
+
 struct RigOptions {
+    unsigned format = default_format;
+    unsigned levels = 0; // 0: as few as will do
+    bool tracked = true;
+    bool always_on = false;
     unsigned aperture_lg2 = 39;
     unsigned shards = 1;
     unsigned leaf_lg2_max = iommu::largest_leaf_lg2;
@@ -188,6 +193,7 @@ class Rig
     [[nodiscard]] std::uint64_t tables_bytes() const; // that are there
     [[nodiscard]] const std::byte *translation_memory() const { return translation_region_.map.data(); }
     [[nodiscard]] std::uint64_t *entry(std::uint64_t iova, unsigned level) const;
+    [[nodiscard]] iommu::Entry decode(std::uint64_t entry, unsigned level) const;
     [[nodiscard]] dr_ring_producer *producer_memory(unsigned i = 0) const
     {
         return shards_[i].producer_region.map.as<dr_ring_producer>();

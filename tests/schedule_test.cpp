@@ -21,9 +21,12 @@ namespace {
 class Schedule
 {
   public:
-    explicit Schedule(std::uint64_t seed, bool mortal = false)
+    explicit Schedule(std::uint64_t seed, bool mortal = false, unsigned format = iommu::AmdV1::id,
+                      bool always_on = false)
         : random_(seed), mortal_(mortal), layout_{below(2) == 0 ? 1u : 2u},
-          rig_({.aperture_lg2 = layout_.aperture_lg2(),
+          rig_({.format = format,
+                .always_on = always_on,
+                .aperture_lg2 = layout_.aperture_lg2(),
                 .shards = layout_.shards,
                 .leaf_lg2_max = below(2) == 0 ? 12u : 30u,
                 .space = below(2) == 0 ? DR_SPACE_OA : DR_SPACE_IOVA,
@@ -420,7 +423,9 @@ void expect_nothing_lost(bool mortal)
     std::uint64_t over = 0;
     std::uint64_t restarts = 0;
     for (std::uint64_t seed = first; seed < first + count; ++seed) {
-        Schedule s(seed, mortal);
+        // A seed has its format: every other one AMD v1, of which some are asked to be always on.
+        const unsigned format = seed % 2 == 0 ? 1 + static_cast<unsigned>(seed / 2 % 4) : iommu::AmdV1::id;
+        Schedule s(seed, mortal, format, seed % 8 == 1);
         ASSERT_EQ(s.run(steps), "") << "DIRTYRING_SEED=" << seed;
         writes += s.writes();
         syncs += s.syncs();

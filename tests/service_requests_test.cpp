@@ -279,8 +279,10 @@ class ServiceHwptAlloc : public testing::Test
 
 TEST_F(ServiceHwptAlloc, WantsFieldsWithinTheirRange)
 {
-    for (const std::uint32_t v : {0u, 29u, 49u, 64u, UINT32_MAX})
+    for (const std::uint32_t v : {0u, 20u, 49u, 64u, UINT32_MAX})
         expect(EINVAL, [&](auto &r) { r.aperture_lg2 = v; });
+    for (const std::uint32_t v : {1u, 2u, 7u, UINT32_MAX}) // 2^32 bytes
+        expect(EINVAL, [&](auto &r) { r.levels = v; });
     for (const std::uint32_t v : {0u, 3u, 8u, 128u, 1u << 31, UINT32_MAX}) // slices of a space of 4 GiB
         expect(EINVAL, [&](auto &r) { r.shards = v; });
     for (const std::uint32_t v : {0u, 11u, 13u, 20u, 39u, UINT32_MAX})
@@ -289,15 +291,45 @@ TEST_F(ServiceHwptAlloc, WantsFieldsWithinTheirRange)
         expect(EINVAL, [&](auto &r) { r.space = v; });
     for (const std::uint32_t v : {0u, 1u, 4u, 9u, DR_CAPACITY_MAX * 2, UINT32_MAX})
         expect(EINVAL, [&](auto &r) { r.ring_entries = v; });
-    for (const std::uint32_t v : {2u, 3u, UINT32_MAX})
+    for (const std::uint32_t v : {2u, 4u, 5u, UINT32_MAX})
         expect(EINVAL, [&](auto &r) { r.flags = v; });
     expect_done(guest.call(DR_HWPT_ALLOC, RawGuest::hwpt_request(ioas)));
 }
 
 TEST_F(ServiceHwptAlloc, RefusesFormatsItDoesNotKnow)
 {
-    for (const std::uint32_t v : {0u, 2u, UINT32_MAX})
+    for (const std::uint32_t v : {0u, 5u, UINT32_MAX})
         expect(EOPNOTSUPP, [&](auto &r) { r.format = v; });
+    dr_hwpt_alloc request = RawGuest::hwpt_request(ioas);
+    request.format = 5;
+    EXPECT_THAT(guest.call(DR_HWPT_ALLOC, request).sentence(),
+                testing::AllOf(testing::HasSubstr("5"), testing::HasSubstr("vtdss (2)")));
+}
+
+// The number of levels is the format's affair.
+TEST_F(ServiceHwptAlloc, TakesTheLevelsOfEachFormat)
+{
+    struct Range {
+        dr_format format;
+        unsigned min;
+        unsigned max;
+    };
+    for (const Range range : {Range{DR_FORMAT_AMDV1, 1, 6}, Range{DR_FORMAT_VTDSS, 3, 5},
+                              Range{DR_FORMAT_SMMUV3_S2, 2, 4}, Range{DR_FORMAT_SMMUV3_S1, 2, 4}}) {
+        for (unsigned levels = 0; levels <= 7; ++levels) {
+            dr_hwpt_alloc request = RawGuest::hwpt_request(ioas);
+            request.format = range.format;
+            request.aperture_lg2 = 21;
+            request.levels = levels;
+            if (levels != 0 && (levels < range.min || levels > range.max)) {
+                expect_refused(guest.call(DR_HWPT_ALLOC, request), EINVAL);
+                continue;
+            }
+            const auto made = guest.get<dr_hwpt>(DR_HWPT_ALLOC, request);
+            EXPECT_EQ(made.slice_lg2, 21u);
+            guest.get<dr_empty>(DR_DESTROY, dr_object{0, made.id});
+        }
+    }
 }
 
 TEST_F(ServiceHwptAlloc, WantsAnIoas)

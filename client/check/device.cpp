@@ -31,11 +31,11 @@ Device::Device(Context &context, const TrackedGuest &guest, std::uint32_t pins) 
     memory_.add(info.region[0].oa, info.region[0].length, memory_map_.data());
     const int error =
         iommu::TranslationView::open(translation_.data(), translation_.size(), tables.data(), tables.size(), view_);
-    context.need(error == 0 && geometry().format == DR_FORMAT_AMDV1 && geometry().shards == shards, "S-4",
+    context.need(error == 0 && geometry().format == guest.request.format && geometry().shards == shards, "S-4",
                  "the translation region", "a header that does not describe the regions",
-                 fmt::format("that of an AMD v1 hwpt with {} shards", shards));
+                 fmt::format("that of an hwpt of format {} with {} shards", guest.request.format, shards));
     const iommu::DmaThreads threads{{&cell(), 1}, {&pin(0), pins}};
-    dma_ = std::make_unique<iommu::DmaThread<iommu::AmdV1>>(view_, memory_, threads, 0);
+    dma_ = std::make_unique<iommu::AnyDmaThread>(view_, memory_, threads, 0);
 }
 
 void Device::leave()
@@ -86,7 +86,8 @@ std::uint64_t *Device::leaf(std::uint64_t page_number, std::uint64_t *of_table) 
     std::uint64_t table = geometry().root;
     for (unsigned level = geometry().root_level; table < geometry().tables; --level) {
         std::uint64_t *entry = view_.tables().entries(table) + iommu::entry_index(page_number * page, level);
-        const iommu::Entry e = iommu::AmdV1::decode(word(*entry).load(std::memory_order_seq_cst), level);
+        const std::uint64_t now = word(*entry).load(std::memory_order_seq_cst);
+        const iommu::Entry e = iommu::with_format(geometry().format, [&](auto f) { return f.decode(now, level); });
         if (e.kind == iommu::EntryKind::leaf) {
             if (of_table != nullptr)
                 *of_table = table;
@@ -102,13 +103,15 @@ std::uint64_t *Device::leaf(std::uint64_t page_number, std::uint64_t *of_table) 
 bool Device::dirty(std::uint64_t page_number) const
 {
     std::uint64_t *entry = leaf(page_number);
-    return entry != nullptr && iommu::AmdV1::dirty(word(*entry).load(std::memory_order_seq_cst));
+    return entry != nullptr && iommu::with_format(geometry().format, [&](auto f) {
+               return f.dirty(word(*entry).load(std::memory_order_seq_cst));
+           });
 }
 
 void Device::set_dirty_silently(std::uint64_t page_number) const
 {
     if (std::uint64_t *entry = leaf(page_number))
-        word(*entry).fetch_or(iommu::AmdV1::accessed(0, true), std::memory_order_seq_cst);
+        iommu::with_format(geometry().format, [&](auto f) { f.make_dirty(*entry); });
 }
 
 void Device::summarize(std::uint64_t page_number) const

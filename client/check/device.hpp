@@ -3,8 +3,7 @@
 #pragma once
 
 #include "client/check/guest.hpp"
-#include "iommu/dma.hpp"
-#include "iommu/format_amdv1.hpp"
+#include "iommu/any_dma.hpp"
 
 #include <memory>
 #include <sys/types.h>
@@ -60,7 +59,7 @@ class Device : public Peer
     Mapping memory_map_;
     iommu::GuestMemory memory_;
     iommu::TranslationView view_;
-    std::unique_ptr<iommu::DmaThread<iommu::AmdV1>> dma_;
+    std::unique_ptr<iommu::AnyDmaThread> dma_;
     std::uint64_t value_ = 0;
 };
 

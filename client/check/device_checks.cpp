@@ -82,7 +82,7 @@ void enable(Stage &s)
 {
     Watch::need_sound(s);
     PlayedHwpt hwpt(s);
-    hwpt.control().tracking = 0;
+    hwpt.control().context = iommu::AmdV1::context(false);
     hwpt.start_and_attach();
     Watch watch(s, hwpt);
     const auto half = Deadline::Clock::now() + s.deadline.patience() / 4;
@@ -94,9 +94,10 @@ void enable(Stage &s)
     }
     if (hwpt.subject.ended() || watch.written().empty())
         throw Broken("the program wrote nothing before tracking was enabled and goes on after it");
+    s.expect(!hwpt.entries_touched(), "D-21", "walks while `context` is 0", "A or D is set", "entries as they were");
     watch.blame([](std::uint64_t) { return Rule("D-7"); });
     hwpt.clean();
-    word(hwpt.control().tracking).store(1, std::memory_order_seq_cst); // S7
+    word(hwpt.control().context).store(iommu::AmdV1::context(true), std::memory_order_seq_cst); // S7
     hwpt.advance();
     hwpt.grace();
     hwpt.remember(hwpt.changed());
@@ -122,7 +123,7 @@ void more(Stage &s)
 const Situation situations[] = {
     {"everyday", everyday, {"D-2", "D-3", "D-4", "D-9", "D-10", "D-13", "F-1", "F-2", "F-3", "H-1"}},
     {"a walker that sleeps", doorbell, {"D-14"}},
-    {"ENABLE", enable, {"D-7"}},
+    {"ENABLE", enable, {"D-7", "D-21"}},
     {"DETACH", detach, {"D-15"}},
     {"a newer service", more, {"F-18"}},
 };

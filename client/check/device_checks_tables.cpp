@@ -59,11 +59,11 @@ void wrong_entries(Stage &s)
     const Wrong wrongs[] = {
         {"an OA outside the guest's memory",
          [&](auto &h) {
-             all_leaves(h, AmdV1::leaf(far, 0, {true, true}));
+             all_leaves(h, AmdV1::leaf(far, iommu::granule_lg2, {true, true}));
          }},
         {"an OA behind the guest's memory",
          [&](auto &h) {
-             all_leaves(h, AmdV1::leaf(PlayedHwpt::oa_base + (4ull << 30), 0, {true, true}));
+             all_leaves(h, AmdV1::leaf(PlayedHwpt::oa_base + (4ull << 30), iommu::granule_lg2, {true, true}));
          }},
         {"a table where only leaves are", [&](auto &h) { all_leaves(h, AmdV1::table(1ull << 38, 0)); }},
         {"the index of no table", [](PlayedHwpt &h) { h.root() = AmdV1::table(1ull << 38, 1); }},
@@ -97,7 +97,7 @@ void remaps(Stage &s)
     for (std::uint64_t round = 1; marked < 200 && Deadline::Clock::now() < until && !hwpt.subject.ended(); ++round) {
         for (std::uint64_t p = 0; p < PlayedHwpt::pages; ++p) {
             const std::uint64_t oa = PlayedHwpt::oa_base + (p ^ (round & 1)) * page;
-            wanted[p] = AmdV1::leaf(oa, 0, {true, true});
+            wanted[p] = AmdV1::leaf(oa, iommu::granule_lg2, {true, true});
             word(hwpt.leaf(p)).store(wanted[p], std::memory_order_seq_cst);
         }
         hwpt.advance();

@@ -32,7 +32,7 @@ Rule Watch::blame_for(std::uint64_t page_number) const
 // Whoever marks before it writes, or before it gives a slot back, has marked what has changed.
 void Watch::check_marks(const Pages &changed)
 {
-    if (hwpt_.control().tracking == 0)
+    if (!iommu::AmdV1::tracks(hwpt_.control().context))
         return;
     for (const std::uint64_t p : changed) {
         if (!hwpt_.dirty(p) && hwpt_.pinned(p))
@@ -68,7 +68,7 @@ void Watch::check_sections(const Pages &changed)
 
 void Watch::check_summary(const Pages &changed)
 {
-    if (hwpt_.control().tracking == 0 || hwpt_.inside())
+    if (!iommu::AmdV1::tracks(hwpt_.control().context) || hwpt_.inside())
         return;
     for (const std::uint64_t p : changed) {
         if (!hwpt_.dirty(p))

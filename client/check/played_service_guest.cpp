@@ -1,5 +1,7 @@
 #include "client/check/played_service_guest.hpp"
 
+#include "iommu/geometry.hpp"
+
 #include <algorithm>
 #include <bit>
 #include <poll.h>
@@ -151,10 +153,9 @@ Answer PlayedGuest::alloc_hwpt(const dr_hwpt_alloc &request)
 {
     if (std::find(ioases_.begin(), ioases_.end(), request.ioas) == ioases_.end())
         throw Refuse{ENOENT, "no such ioas"};
-    if (request.aperture_lg2 < 30 || request.aperture_lg2 > 48 || !std::has_single_bit(request.shards) ||
-        request.shards > DR_SHARDS_MAX || request.shards > 1u << (request.aperture_lg2 - 30) ||
-        !std::has_single_bit(request.ring_entries) || request.ring_entries < DR_CAPACITY_MIN ||
-        request.ring_entries > DR_CAPACITY_MAX || request.space > DR_SPACE_OA)
+    if (request.aperture_lg2 < 21 || request.aperture_lg2 > 48 || !std::has_single_bit(request.shards) ||
+        request.shards > iommu::shards_most(request.aperture_lg2) || !std::has_single_bit(request.ring_entries) ||
+        request.ring_entries < DR_CAPACITY_MIN || request.ring_entries > DR_CAPACITY_MAX || request.space > DR_SPACE_OA)
         throw Refuse{EINVAL, "a field of dr_hwpt_alloc is out of its range"};
     Hwpt &made = hwpts_.emplace_back();
     made.id = next_id_++;

@@ -29,7 +29,7 @@ PlayedHwpt::PlayedHwpt(Stage &stage, Leaves leaves)
         bells_.push_back(event());
     build(leaves);
     header() = geometry_;
-    control().tracking = 1;
+    control().context = AmdV1::context(true);
     for (std::uint64_t i = 0; i < gib >> DR_REGION_LG2; ++i)
         generation(i) = 1000 + i;
 
@@ -49,14 +49,15 @@ void PlayedHwpt::build(Leaves leaves)
     first_ = iommu::first_table(geometry_, 0) + iommu::first_number(geometry_.slice_lg2, 1);
     constexpr iommu::Rights both{true, true};
     if (leaves == Leaves::one_of_1_gib) {
-        root() = AmdV1::leaf(oa_base, 2, both);
+        root() = AmdV1::leaf(oa_base, iommu::largest_leaf_lg2, both);
         return;
     }
     root() = AmdV1::table(first_, 1);
     for (std::uint64_t i = 0; i < pages / leaves_per_table; ++i) {
         t.entries(first_)[i] = AmdV1::table(first_ + 1 + i, 0);
         for (std::uint64_t n = 0; n < leaves_per_table; ++n)
-            t.entries(first_ + 1 + i)[n] = AmdV1::leaf(oa_base + (i * leaves_per_table + n) * page, 0, both);
+            t.entries(first_ + 1 + i)[n] =
+                AmdV1::leaf(oa_base + (i * leaves_per_table + n) * page, iommu::granule_lg2, both);
     }
 }
 
@@ -157,7 +158,7 @@ bool PlayedHwpt::inside() const
 
 bool PlayedHwpt::dirty(std::uint64_t page_number) const
 {
-    return (load(leaf(page_number)) & AmdV1::dirty_bit) != 0;
+    return AmdV1::dirty(load(leaf(page_number)));
 }
 
 bool PlayedHwpt::line_bit(std::uint64_t page_number) const
@@ -237,7 +238,7 @@ void PlayedHwpt::clean() const
         iommu::take_bits(t.line_word(summary_word(p)));
     for (std::uint64_t p = 0; p < pages; ++p) {
         if (dirty(p))
-            word(leaf(p)).fetch_and(~AmdV1::dirty_bit, std::memory_order_seq_cst);
+            AmdV1::make_clean(leaf(p));
     }
 }
 

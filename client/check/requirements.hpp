@@ -216,8 +216,8 @@ inline constexpr Requirement requirements[] = {
      "it has read the marker of that unmap's epoch in that ring."},
     {"E-5", Role::front_end, "A front-end MUST NOT use an unmapped page of memory for something else before the "
      "UNMAP has completed."},
-    {"M-21", Role::service, "The service MUST clear every Dirty bit of an hwpt before it stores `tracking` = 1 for "
-     "ENABLE."},
+    {"M-21", Role::service, "The service MUST clear every Dirty bit of an hwpt for ENABLE before it stores a "
+     "`context` that tracks or, where devices track always, before it advances."},
     {"M-22", Role::service, "The service MUST report each page written by DMA that begins after the completion of "
      "ENABLE, also through translations cached before."},
     {"M-23", Role::service, "The service MUST NOT report a page for DMA that begins between the completion of "
@@ -242,7 +242,7 @@ inline constexpr Requirement requirements[] = {
      "tag when it marks the entry dirty."},
     {"D-6", Role::device, "A device MUST NOT let an IOTLB entry span two regions of 2^24 bytes (`DR_REGION_LG2` = "
      "24)."},
-    {"D-7", Role::device, "A device MUST load `tracking` of the shard (seq_cst) at each walk, after the generation."},
+    {"D-7", Role::device, "A device MUST load `context` of the shard (seq_cst) at each walk, after the generation."},
     {"D-8", Role::device, "A device MUST change an entry by compare-and-swap only, and only while it translates as "
      "it did at the walk."},
     {"D-9", Role::device, "A device MUST set D in the leaf before it writes data through a clean translation of a "
@@ -268,6 +268,7 @@ inline constexpr Requirement requirements[] = {
      "tells the guest, and never while data may still land."},
     {"D-20", Role::device, "A device MUST ring a shard's doorbell when it has given back a pin there and `asleep` is "
      "`DR_ASLEEP_PINS` = 2."},
+    {"D-21", Role::device, "A device MUST set neither A nor D by a walk whose `context` does not say so."},
     {"S-12", Role::service, "The service MUST NOT take a leaf out while a pin that covers it is held, nor complete "
      "the UNMAP."},
     {"S-13", Role::service, "The service MUST NOT publish a sync marker before the pins for writing that were held "

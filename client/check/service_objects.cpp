@@ -81,12 +81,13 @@ void hwpts(Context &c)
         for (const std::uint32_t v : values)
             refused(error, fmt::format("{} {}", field, v), [&](dr_hwpt_alloc &r) { r.*member = v; });
     };
-    each("aperture_lg2", &dr_hwpt_alloc::aperture_lg2, {0, 29, 49, UINT32_MAX}, EINVAL);
+    each("aperture_lg2", &dr_hwpt_alloc::aperture_lg2, {0, 20, 49, UINT32_MAX}, EINVAL);
     each("shards of 4 GiB", &dr_hwpt_alloc::shards, {0, 3, 8, UINT32_MAX}, EINVAL);
     each("leaf_lg2_max", &dr_hwpt_alloc::leaf_lg2_max, {0, 13, 39}, EINVAL);
     each("space", &dr_hwpt_alloc::space, {2, UINT32_MAX}, EINVAL);
     each("ring_entries", &dr_hwpt_alloc::ring_entries, {0, 4, 9, DR_CAPACITY_MAX * 2}, EINVAL);
-    each("flags", &dr_hwpt_alloc::flags, {2, UINT32_MAX}, EINVAL);
+    each("flags", &dr_hwpt_alloc::flags, {DR_HWPT_ALWAYS_ON, UINT32_MAX}, EINVAL);
+    each("levels", &dr_hwpt_alloc::levels, {2, 7, UINT32_MAX}, EINVAL);
     each("format", &dr_hwpt_alloc::format, {0, UINT32_MAX}, EOPNOTSUPP);
     each("ioas", &dr_hwpt_alloc::ioas, {0, ioas + 1}, ENOENT);
     dr_hwpt_alloc request = Guest::hwpt_request(ioas);

@@ -9,9 +9,9 @@ namespace {
 
 constexpr std::uint64_t all = TrackedGuest::pages;
 
-void enable(Context &c)
+void enable_hwpt(Context &c, const TrackedGuest::Change &change)
 {
-    TrackedGuest guest(c);
+    TrackedGuest guest(c, change);
     Device device(c, guest);
     guest.enable(false);
     device.write(1); // what it has cached from now on knows of no tracking
@@ -32,6 +32,28 @@ void enable(Context &c)
     (void)c.stays_false([&] { return !(untracked = pages_of(guest.rings[0].take())).empty(); });
     untracked.merge(guest.sync("a sync after DISABLE"));
     c.expect(untracked.empty(), "M-23", "DMA after DISABLE", text_of(untracked), "no run");
+}
+
+bool has_format(Context &c, std::uint32_t format)
+{
+    Guest guest(c, 4);
+    dr_hwpt_alloc request = Guest::hwpt_request(guest.get<dr_object>(DR_IOAS_ALLOC, dr_empty{}).id);
+    request.format = format;
+    return guest.call(DR_HWPT_ALLOC, request).error() != EOPNOTSUPP;
+}
+
+// In each format that the service has.
+void enable(Context &c)
+{
+    iommu::for_each_format([&](auto f) {
+        if (!has_format(c, f.id))
+            return;
+        enable_hwpt(c, [](auto &r) { r.format = decltype(f)::id; });
+        enable_hwpt(c, [](auto &r) {
+            r.format = decltype(f)::id;
+            r.flags |= DR_HWPT_ALWAYS_ON;
+        });
+    });
 }
 
 // Random pages in two slices, a few at a time; each sync has all of them.

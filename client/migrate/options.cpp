@@ -2,6 +2,7 @@
 
 #include "client/migrate/failure.hpp"
 #include "client/migrate/units.hpp"
+#include "iommu/formats.hpp"
 
 #include <CLI/CLI.hpp>
 
@@ -19,6 +20,11 @@ namespace {
 const std::map<std::string, Pattern> patterns{
     {"sequential", Pattern::sequential}, {"uniform", Pattern::uniform}, {"hotset", Pattern::hotset}};
 const std::map<std::string, dr_space> spaces{{"iova", DR_SPACE_IOVA}, {"oa", DR_SPACE_OA}};
+const std::map<std::string, dr_format> formats = [] {
+    std::map<std::string, dr_format> by_name;
+    iommu::for_each_format([&](auto f) { by_name[f.name] = static_cast<dr_format>(f.id); });
+    return by_name;
+}();
 const std::map<std::string, std::uint32_t> leaves{{"4K", 12}, {"2M", 21}, {"1G", 30}};
 const std::map<std::string, bool> trackings{{"on", true}, {"none", false}};
 
@@ -94,6 +100,11 @@ const char *name(dr_space space)
     return space == DR_SPACE_OA ? "oa" : "iova";
 }
 
+const char *name(dr_format format)
+{
+    return iommu::with_format(format, [](auto f) { return f.name; });
+}
+
 std::optional<std::uint64_t> parse_size(const std::string &text)
 {
     std::uint64_t value = 0;
@@ -142,6 +153,7 @@ void declare(CLI::App &app, Options &options)
         ->check(CLI::Range(1u, rounds_max));
 
     add_choice(app, "--tracking", options.tracking, trackings, "none: everything counts as dirty (on)");
+    add_choice(app, "--format", options.format, formats, "of the page tables (amdv1)");
     add_choice(app, "--space", options.space, spaces, "what the rings name (oa)");
     add_choice(app, "--leaf", options.leaf_lg2, leaves, "the largest leaf used; one is dirty as a whole (4K)");
     app.add_option("--shards", options.shards, "slices of the IOVA space, each with a ring (1)");

@@ -1,6 +1,7 @@
 // What a migration is asked to do.
 #pragma once
 
+#include "ring/control.h"
 #include "ring/layout.h"
 
 #include <cstdint>
@@ -38,6 +39,7 @@ struct Options {
     unsigned max_rounds = 30;
 
     bool tracking = true;
+    dr_format format = DR_FORMAT_AMDV1;
     dr_space space = DR_SPACE_OA;
     std::uint32_t leaf_lg2 = 12;
     std::uint32_t shards = 1; // a power of two
@@ -55,6 +57,7 @@ struct Options {
 
 const char *name(Pattern pattern);
 const char *name(dr_space space);
+const char *name(dr_format format);
 
 // Declares the options of `dirtyring migrate`, to be parsed into `options`.
 void declare(CLI::App &app, Options &options);

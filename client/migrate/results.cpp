@@ -42,6 +42,7 @@ nlohmann::ordered_json options_json(const Options &o)
         json.update({{"trace", o.trace}, {"speed", o.speed}, {"loops", o.loops}});
     json.update({{"devices", o.devices},
                  {"tracking", o.tracking ? "on" : "none"},
+                 {"format", name(o.format)},
                  {"space", name(o.space)},
                  {"leaf", std::uint64_t{1} << o.leaf_lg2},
                  {"shards", o.shards},

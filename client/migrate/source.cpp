@@ -56,6 +56,7 @@ class Source
         dirtyring_hwpt attributes{};
         attributes.aperture_lg2 = aperture_lg2(options, shared_.plan);
         attributes.shards = options.shards;
+        attributes.format = options.format;
         attributes.leaf_lg2_max = options.leaf_lg2;
         attributes.space = options.space;
         attributes.ring_entries = options.ring_entries;

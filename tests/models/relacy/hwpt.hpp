@@ -19,7 +19,7 @@
 
 namespace dirtyring::model {
 
-inline constexpr dr_translation_header geometry = iommu::make_geometry(DR_FORMAT_AMDV1, iommu::aperture_lg2_min, 1);
+inline constexpr dr_translation_header geometry = iommu::make_geometry(DR_FORMAT_AMDV1, 30, 1, 3);
 inline constexpr unsigned pages = 2; // of guest memory, from OA 0
 inline constexpr unsigned devices_max = 2;
 inline constexpr std::uint64_t page_size = DR_PAGE;
@@ -134,7 +134,7 @@ class Hwpt
         words.share(memory.table_bits());
         words.share(memory.generation());
         words.share(memory.control().asleep);
-        words.share(memory.control().tracking);
+        words.share(memory.control().context);
         for (unsigned i = 0; i < options_.devices; ++i)
             words.share(memory.cells[i].count);
         words.share(memory.producer.head);

@@ -22,7 +22,7 @@ class Table : public Execution<Table, 2>
         unmap.kind = Op::Kind::unmap;
         unmap.end = table_span;
         hwpt.work(unmap);
-        memory.leaf(1) = iommu::AmdV1::accessed(iommu::AmdV1::leaf(0, 0, {true, true}), true);
+        memory.leaf(1) = iommu::AmdV1::accessed(iommu::AmdV1::leaf(0, 12, {true, true}), true);
         hwpt.share();
     }
 
@@ -104,7 +104,7 @@ Suite tracking()
 {
     using enum std::memory_order;
     using enum Access;
-    const void *tracking = &memory.control().tracking;
+    const void *tracking = &memory.control().context;
     const void *generation = &memory.generation();
     return {
         "tracking",
