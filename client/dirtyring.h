@@ -122,7 +122,7 @@ struct dirtyring_hwpt {
     uint32_t min_interval_us; /* pacing, see struct dr_hwpt_alloc */
     uint32_t untracked;       /* 1: no dirty tracking, and any device may attach */
     uint32_t format;          /* enum dr_format of ring/control.h; 0: AMD v1 */
-    uint32_t levels;          /* of page tables, see struct dr_hwpt_alloc; 0: as few as the format and the aperture need */
+    uint32_t levels;          /* of page tables, see struct dr_hwpt_alloc; 0: as few as will do */
     uint32_t always_on;       /* 1: devices set Dirty from the start, see DR_HWPT_ALWAYS_ON */
     uint32_t reserved[2];     /* zero */
 };

@@ -169,7 +169,7 @@ enum dr_asleep {
 };
 
 struct dr_shard_control {
-    DR_IOMMU_ALIGN uint64_t asleep;   /* enum dr_asleep */
+    DR_IOMMU_ALIGN uint64_t asleep; /* enum dr_asleep */
     /* The word of the device's context that says whether to set A and D, in the hardware's layout, its other bits zero. Neither is
      * set otherwise. Loaded at each walk, after the generation and before the first entry.
      *    AMD v1          device table entry, bits 63..0: HAD, bits 8:7, is 3

@@ -29,7 +29,7 @@ class BenchHwpt
 {
   public:
     explicit BenchHwpt(unsigned memory_lg2, std::uint64_t ring_entries = 1 << 16, std::size_t pins = 0)
-        : h_(iommu::make_geometry(DR_FORMAT_AMDV1, std::max(memory_lg2, 30u), 1)),
+        : h_(iommu::make_geometry(DR_FORMAT_AMDV1, memory_lg2, 1, std::max(3u, iommu::levels_needed(memory_lg2)))),
           memory_bytes_(1ull << memory_lg2), pins_(pins)
     {
         must(tables_.make("bench-tables", h_.tables_size, ring::Pages::sparse));

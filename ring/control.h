@@ -137,7 +137,7 @@ struct dr_object {
 };
 
 enum dr_format {
-    DR_FORMAT_AMDV1 = 1,     /* AMD I/O Virtualization Technology (IOMMU) Specification, v1 page tables: 1 to 6 levels */
+    DR_FORMAT_AMDV1 = 1,     /* AMD I/O Virtualization Technology (IOMMU) Specification, v1: 1 to 6 levels */
     DR_FORMAT_VTDSS = 2,     /* Intel Virtualization Technology for Directed I/O, second stage: 3 to 5 levels */
     DR_FORMAT_SMMUV3_S2 = 3, /* Arm SMMUv3, stage 2, granule of 4 KiB: 2 to 4 levels, OAs below 2^48 */
     DR_FORMAT_SMMUV3_S1 = 4, /* the same of stage 1; without a write-only right: what may be written may be read */
@@ -157,7 +157,7 @@ struct dr_hwpt_alloc {
     uint32_t flags;           /* DR_HWPT_* */
     uint32_t aperture_lg2;    /* the IOVA space is [0, 2^aperture_lg2): 21 to 48 */
     uint32_t shards;          /* slices of the space, each with a ring: a power of two, each slice >= 1 GiB, or 1 */
-    uint32_t leaf_lg2_max;    /* largest leaf used, if the levels allow it: 12, 21 or 30; what is dirty is known by leaf */
+    uint32_t leaf_lg2_max;    /* largest leaf used: 12, 21 or 30; what is dirty is known by leaf */
     uint32_t space;           /* enum dr_space: what runs name */
     uint32_t ring_entries;    /* of each ring: a power of two, DR_CAPACITY_MIN to DR_CAPACITY_MAX */
     uint32_t min_interval_us; /* a slice in which something was dirty is not swept again before this many µs;

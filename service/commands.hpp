@@ -42,8 +42,8 @@ struct HwptRoute {
     unsigned aperture_lg2;
     unsigned slice_lg2;
     unsigned oa_lg2; // its entries can name OAs below 2^oa_lg2
-    bool tracks; // dirty tracking was asked for
-    bool epochs; // its rings are in IOVA space
+    bool tracks;     // dirty tracking was asked for
+    bool epochs;     // its rings are in IOVA space
     std::vector<Placed> shards;
     HwptRecord *record; // outlives the worker
 };

@@ -1,6 +1,6 @@
 // The conformance kit against services that are wrong in one way each: it names that rule, and no other.
 #include "client/check/service_checks.hpp"
-#include "iommu/format_amdv1.hpp"
+#include "iommu/formats.hpp"
 #include "iommu/geometry.hpp"
 #include "iommu/layout.h"
 #include "tests/meddler.hpp"
@@ -461,7 +461,7 @@ void frozen_translation(Service &s)
         for (std::uint32_t shard = 0; shard < header.shards; ++shard) {
             auto &control = frozen.map.as<dr_shard_control>(header.shard_controls)[shard];
             control.asleep = DR_ASLEEP;
-            control.context = iommu::AmdV1::context(true);
+            control.context = iommu::with_format(header.format, [](auto f) { return f.context(true); });
         }
         need(frozen.read_only(reply.fds[1]), "reopen");
         return true;
