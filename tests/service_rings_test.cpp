@@ -231,6 +231,19 @@ TEST_F(ServiceCommand, MapsTheGuestsMemoryOnly)
     EXPECT_EQ(map(mapped, mapped + page, 0), -EFAULT);
 }
 
+// Memory may lie below 2^52, entries of SMMUv3 name addresses below 2^48.
+TEST_F(ServiceCommand, MapsWhatTheFormatCanName)
+{
+    for (const dr_format format : {DR_FORMAT_AMDV1, DR_FORMAT_SMMUV3_S2}) {
+        TrackedGuest high(daemon, [&](auto &r) { r.format = format; });
+        constexpr std::uint64_t limit = 1ull << 48;
+        high.add_memory(limit - page, 2 * page, memory_file(2 * page));
+        EXPECT_EQ(high.run(map_command(high.ioas, mapped, page, limit - page)), 0);
+        const int beyond = format == DR_FORMAT_AMDV1 ? 0 : -EFAULT;
+        EXPECT_EQ(high.run(map_command(high.ioas, mapped + page, page, limit)), beyond);
+    }
+}
+
 TEST_F(ServiceCommand, UnmapsWholeMaps)
 {
     EXPECT_EQ(unmap(mapped, page), -ENOENT);
