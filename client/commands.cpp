@@ -28,6 +28,10 @@ const char *command_name(std::uint32_t opcode)
         return "sync";
     case DR_OP_ENABLE:
         return "enable";
+    case DR_OP_SPLIT:
+        return "split";
+    case DR_OP_COLLAPSE:
+        return "collapse";
     default:
         return "disable";
     }
@@ -371,6 +375,18 @@ int switch_tracking(dirtyring_vm *vm, std::uint32_t hwpt, dr_opcode opcode)
     return run(vm, command);
 }
 
+int resize(dirtyring_vm *vm, std::uint32_t hwpt, std::uint64_t iova, std::uint64_t length, std::uint32_t leaf_lg2,
+           dr_opcode opcode)
+{
+    dr_command command{};
+    command.opcode = opcode;
+    command.object = hwpt;
+    command.iova = iova;
+    command.length = length;
+    command.leaf_lg2 = leaf_lg2;
+    return run(vm, command);
+}
+
 } // namespace
 
 int dirtyring_map(dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa, uint32_t flags)
@@ -399,6 +415,16 @@ int dirtyring_enable(dirtyring_vm *vm, uint32_t hwpt)
 int dirtyring_disable(dirtyring_vm *vm, uint32_t hwpt)
 {
     return switch_tracking(vm, hwpt, DR_OP_DISABLE);
+}
+
+int dirtyring_split(dirtyring_vm *vm, uint32_t hwpt, uint64_t iova, uint64_t length, uint32_t leaf_lg2)
+{
+    return resize(vm, hwpt, iova, length, leaf_lg2, DR_OP_SPLIT);
+}
+
+int dirtyring_collapse(dirtyring_vm *vm, uint32_t hwpt, uint64_t iova, uint64_t length, uint32_t leaf_lg2)
+{
+    return resize(vm, hwpt, iova, length, leaf_lg2, DR_OP_COLLAPSE);
 }
 
 int dirtyring_queue_map(dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa, uint32_t flags,

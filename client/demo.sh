@@ -16,6 +16,6 @@ migrate()
     build/release/bin/dirtyring migrate "$@"
 }
 migrate --memory 512M --trace perf/traces/guest-md5sum.trace.gz --speed 10 --loops 0 --bandwidth 300M --downtime-limit 20
-migrate --memory 512M --trace perf/traces/guest-md5sum-viommu.trace.gz --speed 10 --loops 0 --bandwidth 300M --downtime-limit 20
-migrate --memory 256M --pattern hotset --devices 2 --rate 20000 --seconds 3 --bandwidth 200M --downtime-limit 20
-migrate --memory 512M --trace perf/traces/guest-md5sum-viommu.trace.gz --speed 3 --loops 0 --bandwidth 150M --downtime-limit 50 --kill-service 100
+migrate --memory 512M --trace perf/traces/guest-md5sum-viommu.trace.gz --speed 10 --loops 0 --bandwidth 300M --downtime-limit 20 --format smmuv3s1
+migrate --memory 256M --pattern hotset --devices 2 --rate 20000 --seconds 3 --bandwidth 200M --downtime-limit 20 --format vtdss --leaf 1G --split eager
+migrate --memory 512M --trace perf/traces/guest-md5sum-viommu.trace.gz --speed 3 --loops 0 --bandwidth 150M --downtime-limit 50 --kill-service 100 --format smmuv3s2

@@ -27,6 +27,7 @@ static_assert(same(FaultReason::aperture, DIRTYRING_FAULT_APERTURE));
 static_assert(same(FaultReason::table, DIRTYRING_FAULT_TABLE));
 static_assert(same(FaultReason::memory, DIRTYRING_FAULT_MEMORY));
 static_assert(same(FaultReason::closed, DIRTYRING_FAULT_CLOSED));
+static_assert(same(FaultReason::stalled, DIRTYRING_FAULT_STALLED));
 static_assert(Engine::pin_bytes_max == DIRTYRING_PIN_MAX);
 static_assert(dirtyring::iommu::Pins::slots_max == DR_DEVICE_PINS_MAX);
 
@@ -49,6 +50,8 @@ const char *meaning(FaultReason reason)
         return "the output address is not in the guest's memory";
     case FaultReason::closed:
         return "it is being unmapped";
+    case FaultReason::stalled:
+        return "the leaf was being replaced for too long";
     }
     return "no fault";
 }

@@ -124,6 +124,10 @@ struct dirtyring_hwpt {
     uint32_t format;          /* enum dr_format of ring/control.h; 0: AMD v1 */
     uint32_t levels;          /* of page tables, see struct dr_hwpt_alloc; 0: as few as will do */
     uint32_t always_on;       /* 1: devices set Dirty from the start, see DR_HWPT_ALWAYS_ON */
+    uint32_t all_sizes;       /* 1: leaves of every power of two that the format has, see DR_HWPT_ALL_SIZES */
+    uint32_t split;           /* enum dr_split: what becomes of large leaves while tracking */
+    uint32_t collapse;        /* 1: they are made large again by dirtyring_disable(), in the background */
+    uint32_t bbml;            /* of SMMUv3 formats, see struct dr_hwpt_alloc */
     uint32_t reserved[2];     /* zero */
 };
 
@@ -171,6 +175,13 @@ DIRTYRING_API int dirtyring_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64
  * another thread release entries meanwhile. */
 DIRTYRING_API int dirtyring_enable(struct dirtyring_vm *vm, uint32_t hwpt);
 DIRTYRING_API int dirtyring_disable(struct dirtyring_vm *vm, uint32_t hwpt);
+
+/* Makes leaves in [iova, iova + length) smaller, 2^leaf_lg2 bytes at most, or larger, up to 2^leaf_lg2 bytes where what is mapped allows it,
+ * while devices use them. What was dirty is: the parts of a leaf that is split all are, if it was. No leaf is of two maps. */
+DIRTYRING_API int dirtyring_split(struct dirtyring_vm *vm, uint32_t hwpt, uint64_t iova, uint64_t length,
+                                  uint32_t leaf_lg2);
+DIRTYRING_API int dirtyring_collapse(struct dirtyring_vm *vm, uint32_t hwpt, uint64_t iova, uint64_t length,
+                                     uint32_t leaf_lg2);
 
 /* ---- maps, pipelined ---------------------------------------------------------------------------------------------- */
 

@@ -139,6 +139,14 @@ class Guest
     {
         return detail::result(dirtyring_map(vm_.get(), ioas, iova, length, oa, flags));
     }
+    Result<void> split(std::uint32_t hwpt, std::uint64_t iova, std::uint64_t length, std::uint32_t leaf_lg2)
+    {
+        return detail::result(dirtyring_split(vm_.get(), hwpt, iova, length, leaf_lg2));
+    }
+    Result<void> collapse(std::uint32_t hwpt, std::uint64_t iova, std::uint64_t length, std::uint32_t leaf_lg2)
+    {
+        return detail::result(dirtyring_collapse(vm_.get(), hwpt, iova, length, leaf_lg2));
+    }
     Result<void> enable(std::uint32_t hwpt) { return detail::result(dirtyring_enable(vm_.get(), hwpt)); }
     Result<RingSet> open_rings(std::uint32_t hwpt) { return RingSet::open(vm_.get(), hwpt); }
 

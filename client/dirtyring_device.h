@@ -56,6 +56,7 @@ enum dirtyring_fault_reason {
     DIRTYRING_FAULT_TABLE = 5,       /* a table entry points outside the tables, as if by a hardware error */
     DIRTYRING_FAULT_MEMORY = 6,      /* the OA is not in the guest's memory */
     DIRTYRING_FAULT_CLOSED = 7,      /* pin: the range is being unmapped */
+    DIRTYRING_FAULT_STALLED = 8,     /* the leaf was being replaced for too long: the service stands still */
 };
 
 struct dirtyring_fault {

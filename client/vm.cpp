@@ -227,8 +227,11 @@ int dirtyring_hwpt_alloc(dirtyring_vm *vm, uint32_t ioas, const dirtyring_hwpt *
     dr_hwpt_alloc request{};
     request.ioas = ioas;
     request.format = or_default(attr->format, DR_FORMAT_AMDV1);
-    request.flags =
-        (attr->untracked != 0 ? 0 : DR_HWPT_DIRTY_TRACKING) | (attr->always_on != 0 ? DR_HWPT_ALWAYS_ON : 0);
+    request.flags = (attr->untracked != 0 ? 0 : DR_HWPT_DIRTY_TRACKING) |
+                    (attr->always_on != 0 ? DR_HWPT_ALWAYS_ON : 0) | (attr->all_sizes != 0 ? DR_HWPT_ALL_SIZES : 0) |
+                    (attr->collapse != 0 ? DR_HWPT_COLLAPSE : 0);
+    request.split = attr->split;
+    request.bbml = attr->bbml;
     request.levels = attr->levels;
     request.aperture_lg2 = or_default(attr->aperture_lg2, 39);
     request.shards = or_default(attr->shards, 1);

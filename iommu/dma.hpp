@@ -16,6 +16,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <ctime>
 #include <optional>
 #include <utility>
 
@@ -30,6 +31,7 @@ enum class FaultReason : std::uint32_t {
     table,
     memory,
     closed,
+    stalled,
 };
 
 struct DmaFault {
@@ -121,6 +123,12 @@ class TranslationView
     [[nodiscard]] std::uint64_t context(std::uint64_t iova) const
     {
         return std::atomic_ref(shards_[shard(iova)].context).load(std::memory_order_seq_cst); // S7
+    }
+
+    // Odd: leaves of the shard are being replaced, and an entry that is not there may be there again soon.
+    [[nodiscard]] std::uint64_t breaking(std::uint64_t iova) const
+    {
+        return std::atomic_ref(shards_[shard(iova)].breaking).load(std::memory_order_seq_cst); // S8
     }
 
     // enum dr_asleep
@@ -272,9 +280,12 @@ template <Format F> class DmaThread
     };
 
     static constexpr unsigned small_lg2 = granule_lg2;
+    static constexpr unsigned middle_lg2 = 16;
     static constexpr unsigned large_lg2 = entry_lg2(1);
     static constexpr unsigned small_sets = 1024;
+    static constexpr unsigned middle_sets = 64;
     static constexpr unsigned large_sets = 64;
+    static constexpr std::uint64_t stall_patience_ns = 500'000'000;
 
     // Calls use(host, done, n) for each piece that one translation covers. mark: set D as well.
     template <class Use> DmaFault for_pieces(std::uint64_t iova, std::uint64_t length, bool write, bool mark, Use use)
@@ -284,13 +295,34 @@ template <Format F> class DmaThread
             const std::uint64_t at = iova + done;
             std::byte *host = nullptr;
             std::uint64_t contiguous = 0;
-            if (const FaultReason reason = translate(at, write, mark, host, contiguous); reason != FaultReason::none)
+            const FaultReason reason = translate(at, write, mark, host, contiguous);
+            if (reason == FaultReason::stalled && wait_for_entry(at))
+                continue;
+            if (reason != FaultReason::none)
                 return {at, reason, write, done};
             const std::uint64_t n = std::min(contiguous, length - done);
             use(host, done, n);
             done += n;
         }
         return {0, FaultReason::none, write, done};
+    }
+
+    // Outside the section: the owner waits for those who are inside. False: for too long.
+    [[nodiscard]] bool wait_for_entry(std::uint64_t iova)
+    {
+        const std::uint64_t patience_ends = now_ns() + stall_patience_ns;
+        section_.leave();
+        while ((view_.breaking(iova) & 1) != 0 && now_ns() < patience_ends) {
+        }
+        section_.enter();
+        return now_ns() < patience_ends;
+    }
+
+    static std::uint64_t now_ns()
+    {
+        timespec now;
+        ::clock_gettime(CLOCK_MONOTONIC, &now);
+        return static_cast<std::uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<std::uint64_t>(now.tv_nsec);
     }
 
     void give_back(unsigned slot)
@@ -310,6 +342,9 @@ template <Format F> class DmaThread
         Cached &large = large_[(iova >> large_lg2) % large_sets];
         if (small.generation == generation && small.piece == iova >> small_lg2)
             return use(small, small_lg2, iova, write, mark, host, contiguous);
+        Cached &middle = middle_[(iova >> middle_lg2) % middle_sets];
+        if (middle.generation == generation && middle.piece == iova >> middle_lg2)
+            return use(middle, middle_lg2, iova, write, mark, host, contiguous);
         if (fault(Fault::iotlb_across_regions) && large.piece == iova >> large_lg2)
             return use(large, large_lg2, iova, write, mark, host, contiguous);
         if (large.generation == generation && large.piece == iova >> large_lg2)
@@ -337,9 +372,20 @@ template <Format F> class DmaThread
     FaultReason walk(std::uint64_t iova, bool write, bool mark, std::uint64_t generation, std::byte *&host,
                      std::uint64_t &contiguous)
     {
+        std::optional<FaultReason> reason;
+        while (!reason)
+            reason = walk_once(iova, write, mark, generation, host, contiguous);
+        return *reason;
+    }
+
+    // Nothing: the leaf changed before it was marked.
+    std::optional<FaultReason> walk_once(std::uint64_t iova, bool write, bool mark, std::uint64_t generation,
+                                         std::byte *&host, std::uint64_t &contiguous)
+    {
         const dr_translation_header &h = view_.header();
         // Loaded after the generation; enabling advances after the store, so a stale word is waited for or walked again.
         const bool tracking = F::tracks(view_.context(iova));
+        const std::uint64_t breaking = view_.breaking(iova);
         Rights rights{true, true};
         std::uint64_t table = h.root;
         for (unsigned level = h.root_level;; --level) {
@@ -349,7 +395,8 @@ template <Format F> class DmaThread
             rights.read &= e.rights.read;
             rights.write &= e.rights.write;
             if (e.kind == EntryKind::none)
-                return FaultReason::not_present;
+                return (breaking & 1) != 0 || view_.breaking(iova) != breaking ? FaultReason::stalled
+                                                                               : FaultReason::not_present;
             if (e.kind == EntryKind::table) {
                 if (e.address >= h.tables)
                     return FaultReason::table;
@@ -367,11 +414,11 @@ template <Format F> class DmaThread
             const std::uint64_t word = view_.line_word(table, iova);
             const unsigned index = entry_index(iova, level);
             if (tracking && !set_accessed(entry, seen, mark, word, index, iova))
-                return FaultReason::not_present;
+                return std::nullopt; // it was split, or unmapped
 
             const std::uint64_t oa = e.address + (iova & ((1ull << e.lg2) - 1));
             // In pieces, of which none spans two regions. A large one that straddles two regions of memory is cached in small ones.
-            unsigned lg2 = e.lg2 >= large_lg2 ? large_lg2 : small_lg2;
+            unsigned lg2 = e.lg2 >= large_lg2 ? large_lg2 : e.lg2 >= middle_lg2 ? middle_lg2 : small_lg2;
             std::byte *base = piece_of_memory(oa, lg2);
             if (base == nullptr && lg2 != small_lg2)
                 base = piece_of_memory(oa, lg2 = small_lg2);
@@ -380,13 +427,22 @@ template <Format F> class DmaThread
             point(Point::device_before_tag);
             if (fault(Fault::tag_after_walk))
                 generation = view_.generation(iova);
-            Cached &c = lg2 == small_lg2 ? small_[(iova >> lg2) % small_sets] : large_[(iova >> lg2) % large_sets];
-            c = {generation, iova >> lg2, base, entry, seen, word, index, rights, mark || !tracking};
+            if (level == 0 || (seen & F::nt) == 0)
+                cached(iova, lg2) = {generation, iova >> lg2,      base, entry, seen, word, index,
+                                     rights,     mark || !tracking};
             const std::uint64_t offset = iova & ((1ull << lg2) - 1);
             host = base + offset;
             contiguous = (1ull << lg2) - offset;
             return FaultReason::none;
         }
+    }
+
+    Cached &cached(std::uint64_t iova, unsigned lg2)
+    {
+        const std::uint64_t piece = iova >> lg2;
+        return lg2 == small_lg2    ? small_[piece % small_sets]
+               : lg2 == middle_lg2 ? middle_[piece % middle_sets]
+                                   : large_[piece % large_sets];
     }
 
     std::byte *piece_of_memory(std::uint64_t oa, unsigned lg2) const
@@ -442,6 +498,7 @@ template <Format F> class DmaThread
     std::uint64_t turned_ = 0;     // shards whose table bits this section turned
     std::uint64_t given_back_ = 0; // shards of the pins that this section gave back
     Cached small_[small_sets];
+    Cached middle_[middle_sets];
     Cached large_[large_sets];
 };
 

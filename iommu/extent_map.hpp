@@ -16,6 +16,7 @@ struct Extent {
     std::uint64_t oa;    // of start
     Rights rights;
     std::uint32_t tag = 0; // the owner's; parts of a cut extent keep it
+    unsigned leaf_lg2 = 0; // its leaves are 2^leaf_lg2 bytes at most; so are those of its parts
 };
 
 class ExtentMap
@@ -51,7 +52,7 @@ class ExtentMap
     }
 
     // [e.start, e.end) holds nothing.
-    void insert(const Extent &e) { extents_.emplace(e.start, Rest{e.end, e.oa, e.rights, e.tag}); }
+    void insert(const Extent &e) { extents_.emplace(e.start, Rest{e.end, e.oa, e.rights, e.tag, e.leaf_lg2}); }
 
     // Forgets [start, end); an extent that reaches across a border is cut.
     void erase(std::uint64_t start, std::uint64_t end)
@@ -59,9 +60,9 @@ class ExtentMap
         for (auto e = first_in(start, end); e; e = first_in(start, end)) {
             extents_.erase(e->start);
             if (e->start < start)
-                insert({e->start, start, e->oa, e->rights, e->tag});
+                insert({e->start, start, e->oa, e->rights, e->tag, e->leaf_lg2});
             if (e->end > end)
-                insert({end, e->end, e->oa + (end - e->start), e->rights, e->tag});
+                insert({end, e->end, e->oa + (end - e->start), e->rights, e->tag, e->leaf_lg2});
         }
     }
 
@@ -79,12 +80,13 @@ class ExtentMap
         std::uint64_t oa;
         Rights rights;
         std::uint32_t tag;
+        unsigned leaf_lg2;
     };
     using Map = std::map<std::uint64_t, Rest>;
 
     static Extent extent(Map::const_iterator it)
     {
-        return {it->first, it->second.end, it->second.oa, it->second.rights, it->second.tag};
+        return {it->first, it->second.end, it->second.oa, it->second.rights, it->second.tag, it->second.leaf_lg2};
     }
 
     // The first extent that ends after `at`.

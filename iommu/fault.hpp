@@ -42,6 +42,10 @@ enum class Fault {
     no_second_look,         // the walker sleeps without looking again after setting its flag
     arm_without_look,       // the producer publishes without looking at the event index
     clear_before_stage,     // D is cleared, then the run staged
+    split_drops_dirty,      // a leaf that is split is taken for clean
+    naive_replicated_split, // each part of a replicated leaf that is split is as dirty as the replica that was there
+    replica_reported_alone, // a dirty replica reports what its entry spans
+    naive_collapse,         // the leaves of a table that is collapsed are not read again after the grace
     // restart
     restart_without_advance, // what devices have cached is left alone
     restart_without_scan,    // the summary is trusted
@@ -78,6 +82,12 @@ enum class Fault {
     X(unmap_marked)                     \
     X(unmap_advanced)                   \
     X(unmap_forgotten)                  \
+    X(split_broken)                     \
+    X(split_replica)                    \
+    X(split_replicas)                   \
+    X(split_limited)                    \
+    X(collapse_swapped)                 \
+    X(collapse_read)                    \
     X(enable_cleaned)                   \
     X(enable_armed)                     \
     X(command_recorded)                 \

@@ -88,4 +88,13 @@ concept Format = requires(std::uint64_t entry, std::uint64_t &live, unsigned lev
 };
 // clang-format on
 
+// The sizes of leaves that are used, bit n: 2^n bytes. all: also those between what entries of two levels span.
+template <Format F> constexpr std::uint64_t leaf_sizes(bool all)
+{
+    std::uint64_t sizes = 0;
+    for (unsigned level = 0; level <= leaf_level_max; ++level)
+        sizes |= F::sizes(level) & (all ? ~0ull : 1ull << entry_lg2(level));
+    return sizes & bits_between(granule_lg2, largest_leaf_lg2 + 1);
+}
+
 } // namespace dirtyring::iommu

@@ -69,6 +69,9 @@
  *         second reason: D may find the D that another set, and skip the summary; the other's enter must precede W's sample
  *   S7    W stores the context, then advances; D loads the generation, then the context: who sees the new generation sees it armed
  *
+ *   S8    D loads breaking, walks, and where nothing is there loads it again; W makes it odd, takes an entry away, puts another
+ *         there, makes it even. All sc: whoever missed the entry in between sees breaking odd, or changed, and looks again
+ *
  * S1 speaks of ordinary stores: who writes the guest's memory with non-temporal ones fences them before leaving.
  *
  * The pin protocol, for DMA that is in flight without a section: a section over asynchronous I/O would hold up every publication.
@@ -178,6 +181,7 @@ struct dr_shard_control {
      *    SMMUv3 stage 1  context descriptor, bits 63..0: HD 42 and HA 43 */
     DR_IOMMU_ALIGN uint64_t context;
     uint64_t first_table;
+    uint64_t breaking; /* odd: leaves are being replaced; an entry that is not there is to be looked for again (S8) */
     uint64_t
         closing; /* a version: closed[closing & 1] holds. Load it, read the ranges (acquire), load it again: unchanged, they
                          belonged together; else again. The other one is only written before closing names it */

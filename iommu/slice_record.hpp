@@ -43,11 +43,13 @@ class SliceRecord
 
     // ExtentRecord::state
     static constexpr std::uint64_t used = 1u << 0;
-    static constexpr std::uint64_t whole =
-        1u << 1; // all its leaves are there, or an unmap is taking them out; else a map has begun
-    static constexpr std::uint64_t continues = 1u << 2; // the same map as the extent at the end of the slice before
+    // All its leaves are there, or an unmap is taking them out; else a map has begun.
+    static constexpr std::uint64_t whole = 1u << 1;
+    static constexpr std::uint64_t continues = 1u << 2; // the same map as the extent that ends where it starts
     static constexpr std::uint64_t readable = 1u << 3;
     static constexpr std::uint64_t writable = 1u << 4;
+    static constexpr unsigned leaf_shift = 8; // log2 of its largest leaf
+    static constexpr std::uint64_t leaf_mask = 0xffull << leaf_shift;
 
     // Makes bytes [offset, offset + length) of the record exist; 0 or -errno.
     using MakePresent = std::function<int(std::uint64_t offset, std::uint64_t length)>;
@@ -115,10 +117,10 @@ class SliceRecord
 
     // ---- extents ----
 
-    // There is a slot for one more. 0 or -ENOMEM.
-    int reserve()
+    // There are so many slots free, at most slots_at_once. 0 or -ENOMEM.
+    int reserve(std::size_t slots)
     {
-        if (!free_.empty())
+        if (free_.size() >= slots)
             return 0;
         const std::uint64_t upto = present_ + slots_at_once;
         if (upto > extents_max ||
@@ -132,8 +134,8 @@ class SliceRecord
         return 0;
     }
 
-    // Reserved before. The slot.
-    std::uint32_t add(const Extent &e, bool goes_on)
+    // Reserved before. `how`: whole, continues. The slot.
+    std::uint32_t add(const Extent &e, std::uint64_t how)
     {
         const std::uint32_t slot = free_.back();
         free_.pop_back();
@@ -141,15 +143,21 @@ class SliceRecord
         r.start = e.start;
         r.end = e.end;
         r.offset = e.oa - e.start;
-        store(r.state,
-              used | (goes_on ? continues : 0) | (e.rights.read ? readable : 0) | (e.rights.write ? writable : 0));
+        store(r.state, used | how | (e.rights.read ? readable : 0) | (e.rights.write ? writable : 0) |
+                           std::uint64_t{e.leaf_lg2} << leaf_shift);
         return slot;
     }
     void set_whole(std::uint32_t slot) { store(extents_[slot].state, extents_[slot].state | whole); }
+    [[nodiscard]] bool goes_on(std::uint32_t slot) const { return (extents_[slot].state & continues) != 0; }
     // What it continued is being unmapped: what is mapped there next is another map.
     void part(std::uint32_t slot) { store(extents_[slot].state, extents_[slot].state & ~continues); }
     // The front of it is gone.
     void cut(std::uint32_t slot, std::uint64_t start) { store(extents_[slot].start, start); }
+    void set_end(std::uint32_t slot, std::uint64_t end) { store(extents_[slot].end, end); }
+    void set_limit(std::uint32_t slot, unsigned leaf_lg2)
+    {
+        store(extents_[slot].state, (extents_[slot].state & ~leaf_mask) | std::uint64_t{leaf_lg2} << leaf_shift);
+    }
     void remove(std::uint32_t slot)
     {
         store(extents_[slot].state, 0);
@@ -159,8 +167,7 @@ class SliceRecord
     // ---- after a restart ----
 
     struct Found {
-        Extent extent;
-        std::uint32_t slot;
+        Extent extent; // tag: its slot
         bool whole;
         bool continues;
     };
@@ -172,21 +179,34 @@ class SliceRecord
         for (std::uint64_t slot = 0; slot < slots; ++slot) {
             const ExtentRecord &r = extents_[slot];
             if ((r.state & used) != 0)
-                visit(
-                    Found{{r.start, r.end, r.start + r.offset, {(r.state & readable) != 0, (r.state & writable) != 0}},
-                          static_cast<std::uint32_t>(slot),
-                          (r.state & whole) != 0,
-                          (r.state & continues) != 0});
+                visit(Found{extent(static_cast<std::uint32_t>(slot)), (r.state & whole) != 0,
+                            (r.state & continues) != 0});
         }
     }
 
-    // Takes up the slots that an owner before has left.
+    // Takes up the slots that an owner before has left. If it died while it made two pieces of an extent, or one of two, they overlap:
+    // then the first one is right.
     void restore()
     {
         present_ = std::min(*extents_used_, extents_max);
+        std::vector<std::uint32_t> by_start;
         for (std::uint64_t slot = present_; slot > 0; --slot) {
             if ((extents_[slot - 1].state & used) == 0)
                 free_.push_back(static_cast<std::uint32_t>(slot - 1));
+            else
+                by_start.push_back(static_cast<std::uint32_t>(slot - 1));
+        }
+        std::sort(by_start.begin(), by_start.end(), [this](std::uint32_t a, std::uint32_t b) {
+            return extents_[a].start != extents_[b].start ? extents_[a].start < extents_[b].start
+                                                          : extents_[a].end > extents_[b].end;
+        });
+        std::uint64_t end = 0;
+        for (const std::uint32_t slot : by_start) {
+            if (extents_[slot].end <= end)
+                remove(slot);
+            else if (extents_[slot].start < end)
+                cut(slot, end);
+            end = std::max(end, extents_[slot].end);
         }
     }
 
@@ -201,6 +221,16 @@ class SliceRecord
     static constexpr std::uint64_t extents_offset(const dr_translation_header &h)
     {
         return linked_offset(h) + round_up(shard_tables(h.slice_lg2) / 8, page);
+    }
+    [[nodiscard]] Extent extent(std::uint32_t slot) const
+    {
+        const ExtentRecord &r = extents_[slot];
+        return {r.start,
+                r.end,
+                r.start + r.offset,
+                {(r.state & readable) != 0, (r.state & writable) != 0},
+                slot,
+                static_cast<unsigned>((r.state & leaf_mask) >> leaf_shift)};
     }
     static constexpr std::uint64_t bit(std::uint64_t number) { return 1ull << (number % 64); }
     // Release: what was stored before is there when a restart finds this.

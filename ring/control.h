@@ -148,6 +148,17 @@ enum dr_format {
  * are so without being asked, since there a clean leaf can be written only while the hardware sets Dirty. */
 #define DR_HWPT_ALWAYS_ON (1u << 1)
 
+#define DR_HWPT_ALL_SIZES \
+    (1u << 2) /* leaves of every power of two that the format has, not only of what an entry spans: AMD v1 */
+#define DR_HWPT_COLLAPSE (1u << 3) /* DISABLE makes leaves as large again as they can be, in the background */
+
+/* What becomes of leaves larger than 4 KiB while dirt is reported. In the background; what is mapped may be written meanwhile. */
+enum dr_split {
+    DR_SPLIT_NONE = 0,  /* they stay */
+    DR_SPLIT_EAGER = 1, /* ENABLE splits all of them, and maps that come have none */
+    DR_SPLIT_LAZY = 2,  /* one that was reported is split */
+};
+
 /* ENOENT: no such ioas. EOPNOTSUPP: format; space is DR_SPACE_OA without DR_FEATURE_OA_SPACE. EINVAL: any other field out of its range. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps
  * (an hwpt comes before the maps of its ioas). */
 struct dr_hwpt_alloc {
@@ -162,6 +173,8 @@ struct dr_hwpt_alloc {
     uint32_t ring_entries;    /* of each ring: a power of two, DR_CAPACITY_MIN to DR_CAPACITY_MAX */
     uint32_t min_interval_us; /* a slice in which something was dirty is not swept again before this many µs;
                                  0: not before its consumer has released everything */
+    uint32_t split;           /* enum dr_split */
+    uint32_t bbml;            /* SMMUv3: IDR3.BBML, 0 to 2: how the size of leaves may change under DMA; others: 0 */
     uint32_t levels;          /* of tables, within what the format has and the aperture needs; 0: as few as that */
 };
 
@@ -235,7 +248,7 @@ DR_STATIC_ASSERT(sizeof(struct dr_ring_get) == 12, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_ring) == 8, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_guest) == 28, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_memory_region) == 32, "ABI");
-DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 44, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 52, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 48, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_device) == 16 + 24 * DR_GUEST_REGIONS_MAX, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_refusal) == 252, "ABI");

@@ -223,6 +223,9 @@ enum dr_opcode {
     DR_OP_SYNC = 3,    /* object: hwpt; cookie */
     DR_OP_ENABLE = 4,  /* object: hwpt: start tracking */
     DR_OP_DISABLE = 5, /* object: hwpt: stop tracking */
+    DR_OP_SPLIT = 6,   /* object: hwpt; iova, length, leaf_lg2: no leaf there is larger than 2^leaf_lg2 bytes then */
+    DR_OP_COLLAPSE =
+        7, /* object: hwpt; iova, length, leaf_lg2: leaves are as large as they can be, up to 2^leaf_lg2 bytes */
 };
 
 enum dr_command_flags {
@@ -241,7 +244,8 @@ enum dr_command_flags {
  *   ERANGE  outside the IOVA space                               cuts a map in two
  *   EEXIST  map: something is mapped there               EFAULT  map: the OA is not in the guest's memory, or the format
  *                                                                cannot name it
- *   ENOMEM  no memory for tables; nothing was mapped     ENOSPC  map: no hwpt in this ioas
+ *   ENOMEM  no memory for tables; nothing was mapped;    ENOSPC  map: no hwpt in this ioas
+ *           split, collapse: what was done stays so
  *   EAGAIN  unmap: the ring is full; `done` bytes from iova are unmapped: release entries, then ask for the rest
  *   EALREADY enable/disable: it is so already            EOPNOTSUPP enable, disable, sync: no dirty tracking
  *   ECANCELED the object was destroyed meanwhile            EIO     a restart of the service has lost track of it */
@@ -250,12 +254,12 @@ struct dr_command {
     uint32_t opcode;    /* enum dr_opcode */
     uint32_t flags;     /* enum dr_command_flags */
     uint32_t object;    /* id of an ioas or hwpt */
-    uint32_t reserved0; /* zero */
+    uint32_t leaf_lg2;  /* split, collapse: one of the sizes that the hwpt uses */
     uint64_t iova;      /* bytes */
     uint64_t length;    /* bytes */
     uint64_t oa;        /* bytes */
     uint64_t cookie;    /* sync: 44 bits */
-    uint64_t reserved1; /* zero */
+    uint64_t reserved;  /* zero */
 };
 
 struct dr_completion {

@@ -31,6 +31,12 @@ bool good_on_hwpt(const dr_command &request)
            request.cookie <= (request.opcode == DR_OP_SYNC ? payload_mask : 0);
 }
 
+bool good_resize(const dr_command &request)
+{
+    return request.flags == 0 && aligned(request.iova) && aligned(request.length) && request.length != 0 &&
+           request.oa == 0 && request.cookie == 0;
+}
+
 bool good(const dr_command &request)
 {
     switch (request.opcode) {
@@ -42,6 +48,9 @@ bool good(const dr_command &request)
     case DR_OP_ENABLE:
     case DR_OP_DISABLE:
         return good_on_hwpt(request);
+    case DR_OP_SPLIT:
+    case DR_OP_COLLAPSE:
+        return good_resize(request);
     default:
         return false;
     }
@@ -51,7 +60,7 @@ bool good(const dr_command &request)
 
 bool well_formed(const dr_command &request)
 {
-    return request.reserved0 == 0 && request.reserved1 == 0 && good(request);
+    return (request.leaf_lg2 == 0 || is_resize(request.opcode)) && request.reserved == 0 && good(request);
 }
 
 } // namespace dirtyring::service

@@ -16,6 +16,11 @@ inline bool is_range(std::uint32_t opcode)
     return opcode == DR_OP_MAP || opcode == DR_OP_UNMAP;
 }
 
+inline bool is_resize(std::uint32_t opcode)
+{
+    return opcode == DR_OP_SPLIT || opcode == DR_OP_COLLAPSE;
+}
+
 // Of a map.
 inline iommu::Rights rights_of(const dr_command &request)
 {

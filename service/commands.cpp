@@ -13,14 +13,19 @@ namespace {
 // Commands that may be overtaken by those behind them.
 constexpr std::size_t waiting_max = 16;
 
-// Must one of them wait for the other? Syncs go side by side; a change of tracking goes alone, for it would take away what a sync has
-// yet to find.
+bool goes_alone(std::uint32_t opcode)
+{
+    return opcode == DR_OP_ENABLE || opcode == DR_OP_DISABLE;
+}
+
+// Must one of them wait for the other? Syncs and resizes go side by side; a change of tracking goes alone, for it would take away what
+// a sync has yet to find.
 bool meet(const dr_command &a, std::uint64_t a_end, const dr_command &b, std::uint64_t b_end)
 {
     if (a.object != b.object || is_range(a.opcode) != is_range(b.opcode))
         return false;
     if (!is_range(a.opcode))
-        return a.opcode != DR_OP_SYNC || b.opcode != DR_OP_SYNC;
+        return goes_alone(a.opcode) || goes_alone(b.opcode);
     return a.iova < b_end && b.iova < a_end;
 }
 
@@ -158,6 +163,9 @@ int Commands::start(CommandRecord &record)
         return start_map(record);
     case DR_OP_UNMAP:
         return start_unmap(record);
+    case DR_OP_SPLIT:
+    case DR_OP_COLLAPSE:
+        return start_resize(record);
     default:
         return start_on_hwpt(record);
     }
@@ -244,6 +252,24 @@ int Commands::start_unmap(CommandRecord &record)
         epoch = route->record->epoch & payload_mask;
     }
     send_unmap(begin(record, end, epoch), *route);
+    return 0;
+}
+
+int Commands::start_resize(CommandRecord &record)
+{
+    const dr_command &request = record.request;
+    const auto it = hwpts_.find(request.object);
+    if (it == hwpts_.end())
+        return -ENOENT;
+    const HwptRoute &route = it->second;
+    if (request.leaf_lg2 >= 64 || (route.leaf_sizes >> request.leaf_lg2 & 1) == 0)
+        return -EINVAL;
+    const std::uint64_t end = end_within(request, route.aperture_lg2);
+    if (end == 0)
+        return -ERANGE;
+    if (meets_one_in_flight(request, 0))
+        return -EINPROGRESS;
+    send_resize(begin(record, end, 0), route);
     return 0;
 }
 
@@ -344,6 +370,15 @@ void Commands::send_unmap(Command &command, const HwptRoute &route)
     // One after the other, so that what is done is one piece from the start.
     command.sent = 1;
     command.parts.front().send();
+}
+
+void Commands::send_resize(Command &command, const HwptRoute &route)
+{
+    const dr_command &request = command.request();
+    add_range_parts(command, request.opcode == DR_OP_SPLIT ? ShardOp::Kind::split : ShardOp::Kind::collapse, route);
+    for (Part &part : command.parts)
+        part.leaf_lg2 = request.leaf_lg2;
+    send_all(command);
 }
 
 void Commands::send_on_hwpt(Command &command, const HwptRoute &route)

@@ -41,9 +41,10 @@ struct HwptRoute {
     std::uint32_t ioas;
     unsigned aperture_lg2;
     unsigned slice_lg2;
-    unsigned oa_lg2; // its entries can name OAs below 2^oa_lg2
-    bool tracks;     // dirty tracking was asked for
-    bool epochs;     // its rings are in IOVA space
+    unsigned oa_lg2;          // its entries can name OAs below 2^oa_lg2
+    std::uint64_t leaf_sizes; // bit n: leaves of 2^n bytes are used
+    bool tracks;              // dirty tracking was asked for
+    bool epochs;              // its rings are in IOVA space
     std::vector<Placed> shards;
     HwptRecord *record; // outlives the worker
 };
@@ -128,6 +129,7 @@ class Commands
     int start(CommandRecord &record);
     int start_map(CommandRecord &record);
     int start_unmap(CommandRecord &record);
+    int start_resize(CommandRecord &record);
     int start_on_hwpt(CommandRecord &record);
     // Starts what the worker before had begun.
     void start_again(CommandRecord &record);
@@ -143,6 +145,7 @@ class Commands
     void add_range_parts(Command &command, ShardOp::Kind kind, const HwptRoute &route);
     void send_map(Command &command, const HwptRoute &route);
     void send_unmap(Command &command, const HwptRoute &route);
+    void send_resize(Command &command, const HwptRoute &route);
     void send_on_hwpt(Command &command, const HwptRoute &route);
     void send_all(Command &command);
     void part_done(Part &part);

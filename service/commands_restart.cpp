@@ -15,15 +15,14 @@ void Commands::restore_extents(std::uint32_t ioas, std::span<const iommu::SliceR
     std::sort(pieces.begin(), pieces.end(),
               [](const auto &a, const auto &b) { return a.extent.start < b.extent.start; });
 
-    const std::uint64_t slice_size = 1ull << route_of(ioas)->slice_lg2;
     iommu::ExtentMap &extents = ioases_.at(ioas);
     for (std::size_t i = 0; i < pieces.size();) {
         iommu::Extent map = pieces[i].extent;
         // One map of the VMM's again, that no unmap may cut in two.
         for (++i; i < pieces.size(); ++i) {
             const iommu::Extent &next = pieces[i].extent;
-            if (!pieces[i].continues || next.start != map.end || next.start % slice_size != 0 ||
-                next.oa - next.start != map.oa - map.start || next.rights != map.rights)
+            if (!pieces[i].continues || next.start != map.end || next.oa - next.start != map.oa - map.start ||
+                next.rights != map.rights)
                 break;
             map.end = next.end;
         }
@@ -60,13 +59,14 @@ void Commands::start_again(CommandRecord &record)
     if (!well_formed(request))
         return complete(record, -EIO, 0, 0);
     const bool range = is_range(request.opcode);
+    const bool resize = is_resize(request.opcode);
     const auto hwpt = hwpts_.find(request.object);
     const HwptRoute *route = range ? route_of(request.object) : hwpt != hwpts_.end() ? &hwpt->second : nullptr;
     if (route == nullptr)
         return complete(record, -ECANCELED, 0, 0);
     const bool rolling_back = record.state == CommandRecord::rolling_back;
-    const std::uint64_t end = range ? end_within(request, route->aperture_lg2) : 0;
-    if ((range ? end == 0 : !route->tracks) || meets_one_in_flight(request, end) ||
+    const std::uint64_t end = range || resize ? end_within(request, route->aperture_lg2) : 0;
+    if ((range || resize ? end == 0 : !route->tracks) || meets_one_in_flight(request, end) ||
         (rolling_back && (request.opcode != DR_OP_MAP || record.completion.result >= 0)))
         return complete(record, -EIO, 0, 0);
 
@@ -85,6 +85,8 @@ void Commands::start_again(CommandRecord &record)
         send_map(command, *route);
     } else if (request.opcode == DR_OP_UNMAP) {
         send_unmap(command, *route);
+    } else if (resize) {
+        send_resize(command, *route);
     } else {
         send_on_hwpt(command, *route);
     }

@@ -113,7 +113,7 @@ struct GuestRecord {
     }
 };
 
-static_assert(sizeof(MemorySlot) == 40 && sizeof(IoasSlot) == 16 && sizeof(HwptSlot) == 80 && sizeof(DeviceSlot) == 40,
+static_assert(sizeof(MemorySlot) == 40 && sizeof(IoasSlot) == 16 && sizeof(HwptSlot) == 88 && sizeof(DeviceSlot) == 40,
               "a later worker reads them");
 static_assert(offsetof(GuestRecord, memory) == 104, "a later worker reads it");
 

@@ -45,6 +45,12 @@ unsigned levels_of(const dr_hwpt_alloc &r)
     return iommu::with_format(r.format, [&](auto f) { return levels_of(r, f.levels_min, f.levels_max); });
 }
 
+// Its hardware may have to see leaves gone before it sees others there.
+bool breaks(std::uint32_t format)
+{
+    return iommu::with_format(format, [](auto f) { return f.nt != 0; });
+}
+
 Result<void> check_geometry(const dr_hwpt_alloc &r)
 {
     if (r.aperture_lg2 < iommu::aperture_lg2_min || r.aperture_lg2 > iommu::aperture_lg2_max)
@@ -70,7 +76,7 @@ Result<void> check(const dr_hwpt_alloc &r)
     if (!iommu::knows_format(r.format))
         return refusal(EOPNOTSUPP,
                        fmt::format("format {} is not known here, expected one of {}", r.format, known_formats()));
-    constexpr std::uint32_t flags = DR_HWPT_DIRTY_TRACKING | DR_HWPT_ALWAYS_ON;
+    constexpr std::uint32_t flags = DR_HWPT_DIRTY_TRACKING | DR_HWPT_ALWAYS_ON | DR_HWPT_ALL_SIZES | DR_HWPT_COLLAPSE;
     if ((r.flags & ~flags) != 0)
         return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: only {:#x} are known", r.flags, flags));
     if (r.flags == DR_HWPT_ALWAYS_ON)
@@ -81,6 +87,10 @@ Result<void> check(const dr_hwpt_alloc &r)
         return ok;
     if (r.leaf_lg2_max != 12 && r.leaf_lg2_max != 21 && r.leaf_lg2_max != 30)
         return refusal(EINVAL, fmt::format("leaf_lg2_max is {}, expected 12, 21 or 30", r.leaf_lg2_max));
+    if (r.split > DR_SPLIT_LAZY)
+        return refusal(EINVAL, fmt::format("split is {}, expected 0 (none), 1 (eager) or 2 (lazy)", r.split));
+    if (r.bbml > (breaks(r.format) ? 2 : 0))
+        return refusal(EINVAL, fmt::format("bbml is {}, expected 0 to 2 of SMMUv3 formats, 0 of others", r.bbml));
     if (r.space != DR_SPACE_IOVA && r.space != DR_SPACE_OA)
         return refusal(EINVAL, fmt::format("space is {}, expected 0 (iova) or 1 (oa)", r.space));
     if (!std::has_single_bit(r.ring_entries) || r.ring_entries < DR_CAPACITY_MIN || r.ring_entries > DR_CAPACITY_MAX)
@@ -211,7 +221,9 @@ Result<void> Hwpt::make_shard_home(const HwptPlan &plan, std::uint32_t index, Wa
     config.index = index;
     config.control = translation.map.as<dr_shard_control>(h.shard_controls) + index;
     config.generations = translation.map.as<std::uint64_t>(h.generations);
-    config.leaf_lg2_max = request.leaf_lg2_max;
+    config.leaves = {request.leaf_lg2_max, (request.flags & DR_HWPT_ALL_SIZES) != 0,
+                     (request.flags & DR_HWPT_COLLAPSE) != 0, static_cast<dr_split>(request.split),
+                     breaks(request.format) ? static_cast<iommu::Break>(request.bbml) : iommu::Break::none};
     config.producer = tracks ? home.producer.map.as<dr_ring_producer>() : nullptr;
     config.consumer = tracks ? home.consumer.map.as<dr_ring_consumer>() : nullptr;
     config.always_on = (request.flags & DR_HWPT_ALWAYS_ON) != 0;
@@ -236,9 +248,15 @@ dr_hwpt Hwpt::reply() const
 
 HwptRoute Hwpt::route() const
 {
+    const dr_hwpt_alloc &request = slot->request;
+    const unsigned largest = std::min(request.leaf_lg2_max, iommu::entry_lg2(geometry.root_level));
+    const std::uint64_t sizes =
+        iommu::bits_between(iommu::granule_lg2, largest + 1) & iommu::with_format(request.format, [&](auto f) {
+            return iommu::leaf_sizes<decltype(f)>((request.flags & DR_HWPT_ALL_SIZES) != 0);
+        });
     const unsigned oa_lg2 = iommu::with_format(geometry.format, [](auto f) { return unsigned{f.oa_lg2}; });
     const bool epochs = slot->request.space == DR_SPACE_IOVA;
-    HwptRoute route{slot->request.ioas, geometry.aperture_lg2, geometry.slice_lg2, oa_lg2, tracks, epochs, {},
+    HwptRoute route{slot->request.ioas, geometry.aperture_lg2, geometry.slice_lg2, oa_lg2, sizes, tracks, epochs, {},
                     &slot->tracking};
     for (const ShardHome &s : shards)
         route.shards.push_back({s.shard.get(), s.owner});

@@ -48,13 +48,13 @@ template <iommu::Format F> class LeafTaker
 
     struct Found {
         iommu::Leaf leaf;
-        std::uint64_t seen;
+        bool staged;
     };
 
     // Adds a leaf, which is mapped, to the runs.
     [[nodiscard]] static bool no_room(Publisher &ring, const iommu::Leaf &leaf)
     {
-        return ring.add(leaf.iova, leaf.length) == Publisher::Added::no_room;
+        return ring.add(leaf.iova, leaf.length()) == Publisher::Added::no_room;
     }
 
     // Reads the next leaves and adds the dirty ones to the runs. Skips a hole that reaches to the end.
@@ -69,42 +69,60 @@ template <iommu::Format F> class LeafTaker
                 break;
             }
             const iommu::Leaf leaf = slice_.find(std::max(at, e->start));
-            const std::uint64_t seen = std::atomic_ref(*leaf.entry).load(std::memory_order_seq_cst);
-            if (ring != nullptr && F::dirty(seen) && no_room(*ring, leaf)) {
+            const bool report = ring != nullptr && slice_.is_dirty(leaf);
+            if (report && no_room(*ring, leaf)) {
                 full = true;
                 break;
             }
-            found_.push_back({leaf, seen});
-            at = leaf.iova + leaf.length;
+            found_.push_back({leaf, report});
+            at = leaf.end();
         }
         if (found_.empty() && !full)
             reached = at;
     }
 
-    // Takes out the leaves found: as they were seen, or, if they changed, after they are staged. Ends at the leaf that has no room.
+    // Takes out the leaves found. Ends at the leaf that has no room.
     void swap_out(std::uint64_t &reached, Publisher *ring, Taken &taken)
     {
-        for (const Found &f : found_) {
-            std::atomic_ref entry(*f.leaf.entry);
-            std::uint64_t now = f.seen;
-            bool out = ring != nullptr && F::dirty(f.seen)
-                           ? (entry.exchange(0, std::memory_order_seq_cst), true)
-                           : entry.compare_exchange_strong(now, 0, std::memory_order_seq_cst);
-            if (!out && !F::dirty(now)) // a read set A
-                out = entry.compare_exchange_strong(now, 0, std::memory_order_seq_cst);
-            if (!out) {
-                if (ring != nullptr && no_room(*ring, f.leaf)) {
+        for (Found &f : found_) {
+            for (unsigned i = 0; i < f.leaf.replicas(); ++i) {
+                if (!swap_out(f.leaf.entries[i], f, ring)) {
+                    put_back(f.leaf, i);
                     taken.full = true;
                     return;
                 }
-                if (ring != nullptr)
-                    ring->stage();
-                entry.exchange(0, std::memory_order_seq_cst);
             }
-            invalidation_.touch(f.leaf.iova, f.leaf.length);
+            invalidation_.touch(f.leaf.iova, f.leaf.length());
             taken.any = true;
-            reached = f.leaf.iova + f.leaf.length;
+            reached = f.leaf.end();
         }
+    }
+
+    // The first `n` replicas, which were clean.
+    void put_back(const iommu::Leaf &leaf, unsigned n)
+    {
+        const iommu::Extent e = *slice_.extents().first_in(leaf.iova, leaf.end());
+        while (n-- > 0)
+            std::atomic_ref(leaf.entries[n]).store(slice_.entry_for(e, leaf.iova, leaf.lg2), std::memory_order_seq_cst);
+    }
+
+    // One entry: as it is seen clean, or after its leaf is staged. False: there is no room for that.
+    static bool swap_out(std::uint64_t &place, Found &found, Publisher *ring)
+    {
+        std::atomic_ref entry(place);
+        std::uint64_t seen = entry.load(std::memory_order_seq_cst);
+        for (unsigned tries = 0; !found.staged && tries < 2 && !F::dirty(seen); ++tries) { // a read may set A
+            if (entry.compare_exchange_strong(seen, 0, std::memory_order_seq_cst))
+                return true;
+        }
+        if (!found.staged && ring != nullptr) {
+            if (no_room(*ring, found.leaf))
+                return false;
+            ring->stage();
+            found.staged = true;
+        }
+        entry.exchange(0, std::memory_order_seq_cst);
+        return true;
     }
 
     iommu::Slice<F> &slice_;

@@ -39,7 +39,7 @@ template <iommu::Format F> class OwedPins
             }
             const iommu::Leaf leaf = slice.find(std::max(range.start, extent->start));
             slice.make_dirty(leaf);
-            range.start = leaf.iova + leaf.length;
+            range.start = leaf.end();
             if (range.start >= range.end)
                 ranges_.pop_back();
         }

@@ -3,6 +3,7 @@
 #include "iommu/formats.hpp"
 #include "iommu/invalidation.hpp"
 #include "iommu/slice.hpp"
+#include "service/leaf_sizes.hpp"
 #include "service/leaf_taker.hpp"
 #include "service/op_queue.hpp"
 #include "service/owed_pins.hpp"
@@ -21,6 +22,7 @@ namespace dirtyring::service {
 namespace {
 
 using iommu::Extent;
+using iommu::Leaf;
 using iommu::Line;
 
 // A visit ends after this many lines and tables, or leaves: some 50 µs.
@@ -32,6 +34,8 @@ constexpr unsigned visit_slots = 4096;
 constexpr std::uint64_t recheck_ns = 200'000;
 // A stream of map changes lets a sweep through this often.
 constexpr std::uint64_t sweep_at_least_every_ns = 100'000;
+// How often leaves are resized when nobody waits for it.
+constexpr std::uint64_t resize_every_ns = 100'000;
 // A map change in an IOVA ring needs a slot for its marker and leaves these for sync and end.
 constexpr std::uint64_t markers_kept = 2;
 
@@ -39,9 +43,11 @@ template <iommu::Format F> class ShardOf final : public Shard
 {
   public:
     explicit ShardOf(ShardConfig config)
-        : slice_(config.geometry, config.index, config.tables, config.leaf_lg2_max, config.producer != nullptr,
+        : slice_(config.geometry, config.index, config.tables,
+                 {config.leaves.leaf_lg2_max, config.leaves.all_sizes, config.producer != nullptr},
                  std::move(config.backing), std::move(config.record)),
-          invalidation_(config.generations), taker_(slice_, invalidation_), control_(config.control),
+          invalidation_(config.generations), taker_(slice_, invalidation_),
+          sizes_(slice_, invalidation_, config.leaves, *config.control), control_(config.control),
           noted_(1ull << config.index), always_on_(config.producer != nullptr && (F::always_on || config.always_on)),
           min_interval_ns_(config.min_interval_ns), stall_ns_(config.stall_ns), stalled_(std::move(config.stalled)),
           ops_(*config.control)
@@ -111,7 +117,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             rest.until_ns = now_ + recheck_ns;
             return rest;
         }
-        rest.busy = restored_ || op_can_go();
+        rest.busy = restored_ || op_can_go() || sizes_.owes_work();
         if (!rest.busy && waits_for_pins()) {
             fall_asleep(DR_ASLEEP_PINS);                                                 // P3
             rest.busy = !fault(Fault::no_second_look) && (op_can_go() || sync_can_go()); // P3: look again
@@ -204,6 +210,8 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     bool visit()
     {
+        if (resize_in_background())
+            return true;
         if (!ops_.in_progress() && !owed_.empty()) {
             if (owed_.mark(slice_, visit_leaves)) {
                 point(Point::death_marked);
@@ -225,6 +233,18 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (tracking_ && !pass_.running() && !pace_allows())
             return op;
         return (tracking_ && sweep()) || publish() /* what deferred unmaps have left */ || op;
+    }
+
+    // What nobody waits for gets its turn, too.
+    bool resize_in_background()
+    {
+        if (!sizes_.owes_work() || ops_.in_progress() || now_ < resized_ + resize_every_ns)
+            return false;
+        resized_ = now_;
+        sizes_.work(visit_lines);
+        if (sizes_.touched())
+            invalidate({});
+        return true;
     }
 
     // There is one to go on with, or pin slots to look at.
@@ -261,6 +281,9 @@ template <iommu::Format F> class ShardOf final : public Shard
         restored_ = true;
         tracking_ = slice_.reported();
         tell_devices(); // the owner before may have died in between
+        sizes_.restore();
+        if (tracking_)
+            sizes_.begin_reporting();
         std::atomic_ref(control_->asleep).store(DR_AWAKE, std::memory_order_seq_cst);
         if (fault(Fault::restart_opens_early))
             ops_.restore();
@@ -303,7 +326,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         invalidation_.end();
         if (std::exchange(told_, false))
             stalled_(nullptr);
-        slice_.reuse_retired();
+        sizes_.settle();
+        slice_.tables().reuse_retired();
         const After after = std::exchange(after_, {});
         if (after.publish) {
             point(Point::sweep_before_publish);
@@ -323,7 +347,8 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     void touch_retired()
     {
-        slice_.for_each_retired([&](std::uint64_t iova, std::uint64_t length) { invalidation_.touch(iova, length); });
+        slice_.tables().for_each_retired(
+            [&](std::uint64_t iova, std::uint64_t length) { invalidation_.touch(iova, length); });
     }
 
     void touch_known()
@@ -370,23 +395,30 @@ template <iommu::Format F> class ShardOf final : public Shard
             pass_found_ = false;
         }
         taken_.clear();
+        taken_leaves_.clear();
         bool full = false;
         unsigned budget = visit_lines;
         while (!full) {
             const std::optional<Line> line = pass_.next(slice_, budget);
             if (!line)
                 break;
-            const std::uint64_t length = 1ull << line->leaf_lg2;
             unsigned mask = 0;
             for (unsigned dirty = slice_.dirty(*line); dirty != 0 && !full; dirty &= dirty - 1) {
                 const auto i = static_cast<unsigned>(std::countr_zero(dirty));
-                const std::uint64_t iova = line->iova + i * length;
-                const Publisher::Added added = ring_->add(iova, length);
+                const Leaf leaf =
+                    fault(Fault::replica_reported_alone) ? slice_.entry_alone(*line, i) : slice_.leaf(*line, i);
+                if (leaf.replicas() > 1 && !taken_leaves_.empty() && taken_leaves_.back().entries == leaf.entries)
+                    continue; // by another replica
+                const Publisher::Added added = ring_->add(leaf.iova, leaf.length());
                 full = added == Publisher::Added::no_room;
-                if (added == Publisher::Added::yes) {
+                if (added != Publisher::Added::yes)
+                    continue;
+                if (leaf.replicas() > 1)
+                    taken_leaves_.push_back(leaf);
+                else
                     mask |= 1u << i;
-                    invalidation_.touch(iova, length);
-                }
+                invalidation_.touch(leaf.iova, leaf.length());
+                sizes_.reported(leaf);
             }
             if (mask != 0)
                 taken_.push_back({*line, mask});
@@ -394,7 +426,7 @@ template <iommu::Format F> class ShardOf final : public Shard
                 pass_.put_back(*line);
         }
         ring_->note_full(full, pass_.unfinished(), now_);
-        if (taken_.empty())
+        if (taken_.empty() && taken_leaves_.empty())
             return (full && publish()) || budget == 0; // a consumer cannot make room of what it does not see
         pass_found_ = true;
         if (!fault(Fault::clear_before_stage))
@@ -402,6 +434,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         point(Point::sweep_staged);
         for (const Taken &t : taken_)
             slice_.clean(t.line, t.mask);
+        for (const Leaf &leaf : taken_leaves_)
+            slice_.clean(leaf);
         point(Point::sweep_cleared);
         if (fault(Fault::clear_before_stage))
             ring_->stage();
@@ -491,6 +525,10 @@ template <iommu::Format F> class ShardOf final : public Shard
         case ShardOp::Kind::disable:
             run_disable(op);
             break;
+        case ShardOp::Kind::split:
+        case ShardOp::Kind::collapse:
+            run_resize(op);
+            break;
         case ShardOp::Kind::sync:
             break;
         }
@@ -531,14 +569,15 @@ template <iommu::Format F> class ShardOf final : public Shard
             slice_.record({op.start, op.end, op.oa, op.rights}, op.continues);
             extents_changed();
         }
+        const Extent map = *slice_.extents().first_in(op.reached, op.end);
         for (unsigned budget = visit_leaves; budget > 0 && op.reached < op.end; --budget)
-            op.reached += slice_.map_leaf(op.reached, op.end, op.oa + (op.reached - op.start), op.rights);
+            op.reached += slice_.map_leaf(map, op.reached);
         if (op.reached < op.end)
             return;
         slice_.recorded(op.start);
         if (op.again && tracking_ && !fault(Fault::resumed_map_not_scanned))
             pass_.begin(true); // leaves that were there may be dirty, and no sweep took them for mapped until now
-        if (slice_.has_retired()) {
+        if (slice_.tables().has_retired()) {
             touch_retired();
             invalidate({});
         }
@@ -591,6 +630,20 @@ template <iommu::Format F> class ShardOf final : public Shard
             finish(op, taken.full ? -EAGAIN : result);
     }
 
+    void run_resize(ShardOp &op)
+    {
+        if (!resize_)
+            resize_ = {op.start, op.end, op.leaf_lg2};
+        const int error = sizes_.step(*resize_, op.kind == ShardOp::Kind::collapse, visit_lines);
+        const bool over = error != 0 || resize_->over;
+        if (over)
+            resize_.reset();
+        if (sizes_.touched())
+            invalidate({});
+        if (over)
+            finish(op, error);
+    }
+
     // Clean, then arm, then make everybody walk again. Where devices are not armed, what is cleaned stays clean; a leaf left dirty
     // would never be summarized again. Where they are always armed, they mark on: a leaf that was marked and cleaned is written without
     // D by those who have it cached, until they walk again, which is before the reply and so before the VMM copies everything; one that
@@ -618,6 +671,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     void arm(ShardOp &op)
     {
         set_tracking(true);
+        sizes_.begin_reporting();
         point(Point::enable_armed);
         if (fault(Fault::enable_without_advance))
             return finish(op, 0);
@@ -630,6 +684,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     void run_disable(ShardOp &op)
     {
         set_tracking(false);
+        sizes_.end_reporting();
         pass_.abandon();
         forget_owed();
         touch_known();
@@ -653,6 +708,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     iommu::Slice<F> slice_;
     iommu::Invalidation invalidation_;
     LeafTaker<F> taker_;
+    LeafSizes<F> sizes_;
     After after_;
     std::optional<Publisher> ring_; // with dirty tracking only
     dr_shard_control *control_;
@@ -669,9 +725,10 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     Pass<F> pass_;
     bool pass_found_ = false;
-    std::uint64_t pass_began_ = 0; // ns
-    std::uint64_t swept_ = 0;      // ns
-    std::vector<Taken> taken_;     // lines of the batch being made
+    std::uint64_t pass_began_ = 0;   // ns
+    std::uint64_t swept_ = 0;        // ns
+    std::vector<Taken> taken_;       // lines of the batch being made,
+    std::vector<Leaf> taken_leaves_; // and leaves in replicas
 
     OwedPins<F> owed_;
     std::vector<std::function<void()>> reported_; // to be told when nothing is owed
@@ -681,9 +738,11 @@ template <iommu::Format F> class ShardOf final : public Shard
     bool took_out_ = false; // the unmap in progress has taken out a leaf
     bool others_turn_ = false;
     bool cleaning_ = false;
-    ShardOp *finishing_ = nullptr; // waits for the grace period
+    std::optional<iommu::Resize> resize_; // in progress
+    ShardOp *finishing_ = nullptr;        // waits for the grace period
     int finishing_result_ = 0;
 
+    std::uint64_t resized_ = 0; // ns
     bool asleep_ = false;
     bool asked_for_kick_ = false;
     std::uint64_t now_ = 0; // ns

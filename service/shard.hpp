@@ -11,7 +11,9 @@
 #include "iommu/backing.hpp"
 #include "iommu/geometry.hpp"
 #include "iommu/pins.hpp"
+#include "iommu/resize.hpp"
 #include "iommu/slice_record.hpp"
+#include "ring/control.h"
 #include "ring/layout.h"
 
 #include <cstdint>
@@ -23,7 +25,7 @@ namespace dirtyring::service {
 
 // What is asked of a shard. Stays with the caller, who gets it back through done().
 struct ShardOp {
-    enum class Kind { map, unmap, sync, enable, disable };
+    enum class Kind { map, unmap, sync, enable, disable, split, collapse };
     enum class Harvest { now, deferred, discard };
 
     virtual void done() = 0; // on the shard's thread; result and reached are set
@@ -31,9 +33,10 @@ struct ShardOp {
     Kind kind = Kind::map;
     Harvest harvest = Harvest::now;
     iommu::Rights rights;
-    std::uint64_t start = 0; // map, unmap: IOVA, within the slice
+    std::uint64_t start = 0; // map, unmap, split, collapse: IOVA, within the slice
     std::uint64_t end = 0;
     std::uint64_t oa = 0;     // map
+    unsigned leaf_lg2 = 0;    // split, collapse
     std::uint64_t cookie = 0; // sync
     std::uint64_t epoch = 0;  // unmap: for the marker, which is put if anything was taken out; 0: none
     bool continues = false;   // map: it goes on from the slice before
@@ -49,6 +52,15 @@ struct ShardOp {
     ~ShardOp() = default;
 };
 
+// See dr_hwpt_alloc.
+struct LeafPolicy {
+    unsigned leaf_lg2_max = iommu::granule_lg2;
+    bool all_sizes = false;
+    bool collapse = false; // when tracking ends
+    enum dr_split split = DR_SPLIT_NONE;
+    iommu::Break how = iommu::Break::none;
+};
+
 struct ShardCounters {
     std::uint64_t runs = 0;
     std::uint64_t pages = 0; // of 4 KiB
@@ -61,7 +73,7 @@ struct ShardConfig {
     unsigned index = 0;
     dr_shard_control *control = nullptr;
     std::uint64_t *generations = nullptr;
-    unsigned leaf_lg2_max = iommu::granule_lg2;
+    LeafPolicy leaves;
     dr_ring_producer *producer = nullptr; // with a header; nullptr: no dirty tracking
     dr_ring_consumer *consumer = nullptr;
     bool always_on = false; // with a ring: devices set D from the start, reported or not

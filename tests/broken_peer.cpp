@@ -90,7 +90,7 @@ class Vmm : public check::Guest
     std::uint64_t execute(dr_command command)
     {
         if (fault_ == "reserved")
-            command.reserved1 = 1;
+            command.reserved = 1;
         submit_one(command);
         for (std::uint64_t tail = word(completion_consumer().tail).load();
              word(completion_region().head).load() == tail;) {

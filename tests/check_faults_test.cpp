@@ -81,8 +81,8 @@ TEST_P(CheckFaults, AreNamed)
 
 TEST(CheckWithoutFault, NothingIsNamed)
 {
-    const Numbers numbers = failed(
-        Fault::none, {check::ring_checks(), check::map_checks(), check::tracking_checks(), check::device_checks()});
+    const Numbers numbers = failed(Fault::none, {check::ring_checks(), check::map_checks(), check::tracking_checks(),
+                                                 check::size_checks(), check::device_checks()});
     EXPECT_THAT(numbers, testing::IsEmpty());
 }
 

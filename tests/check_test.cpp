@@ -230,9 +230,9 @@ class Breaks : public testing::TestWithParam<Wrong>
 TEST_P(Breaks, IsNamed)
 {
     std::vector<Check> checks;
-    for (const auto &area :
-         {check::message_checks(), check::object_checks(), check::memory_checks(), check::ring_checks(),
-          check::command_checks(), check::map_checks(), check::tracking_checks(), check::device_checks()}) {
+    for (const auto &area : {check::message_checks(), check::object_checks(), check::memory_checks(),
+                             check::ring_checks(), check::command_checks(), check::map_checks(),
+                             check::tracking_checks(), check::size_checks(), check::device_checks()}) {
         for (const Check &c : area) {
             const auto &wanted = GetParam().checks;
             if (std::find(wanted.begin(), wanted.end(), c.name) != wanted.end())
@@ -713,6 +713,18 @@ void runs_behind_their_epoch(Service &s)
     });
 }
 
+void split_that_unmaps(Service &s)
+{
+    s.passed_on([](dr_command &c) {
+        if (c.opcode == DR_OP_SPLIT && c.leaf_lg2 == 12) {
+            c.opcode = DR_OP_UNMAP;
+            --c.object; // its ioas was made before it
+            c.leaf_lg2 = 0;
+        }
+        return true;
+    });
+}
+
 void maps_held_up_by_sync(Service &s)
 {
     s.completions(
@@ -771,8 +783,8 @@ INSTANTIATE_TEST_SUITE_P(
                           lost_runs,
                           {"eventfds that block", "a section that stays open", "UNMAP and a section",
                            "ENABLE and DISABLE", "SYNC", "a device that has just attached",
-                           "a device whose connection has closed", "a pin and SYNC"},
-                          {"O-14", "S-7", "S-8", "S-10", "Q-9", "M-14", "M-22", "M-24", "S-13"}},
+                           "a device whose connection has closed", "a pin and SYNC", "SPLIT and COLLAPSE"},
+                          {"O-14", "S-7", "S-8", "S-10", "Q-9", "M-14", "M-22", "M-24", "M-29", "S-13"}},
                     Wrong{"lost_runs_of_a_full_ring", lost_runs, {"a full ring"}, {"Q-10", "Q-12"}},
                     Wrong{"lost_runs_beside_a_pin", lost_runs, {"a pin and UNMAP"}, {"S-14"}},
                     Wrong{"lost_runs_of_small_rings", lost_runs_of_small_rings, {"tails that lie"}, {"S-5"}},
@@ -795,8 +807,9 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"another_result",
               another_result,
               {"commands in flight at a DESTROY", "fields of commands", "what MAP refuses", "what UNMAP refuses",
-               "what ENABLE, DISABLE and SYNC refuse", "UNMAP through a small ring"},
-              {"O-11", "M-5", "M-6", "M-7", "M-8", "M-17"}},
+               "what ENABLE, DISABLE and SYNC refuse", "UNMAP through a small ring", "what SPLIT and COLLAPSE refuse"},
+              {"O-11", "M-5", "M-6", "M-7", "M-8", "M-17", "M-27"}},
+        Wrong{"split_that_unmaps", split_that_unmaps, {"SPLIT and COLLAPSE"}, {"M-28"}},
         Wrong{"another_user_data", another_user_data, {"fields of commands"}, {"M-2"}},
         Wrong{"completions_without_slots", completions_without_slots, {"completions"}, {"M-2", "M-3"}},
         Wrong{"heads_believed", heads_believed, {"heads that lie"}, {"S-6"}},

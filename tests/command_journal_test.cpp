@@ -139,8 +139,7 @@ class PlayedShard final : public Shard
         for (const Job &job : jobs_) {
             if (on_range(op) && on_range(*job.op) && op.start < job.op->end && job.op->start < op.end)
                 complain("two operations on one range");
-            if (!on_range(op) && !on_range(*job.op) &&
-                (op.kind != ShardOp::Kind::sync || job.op->kind != ShardOp::Kind::sync))
+            if (!on_range(op) && !on_range(*job.op) && (alone(op) || alone(*job.op)))
                 complain("a change of tracking is not alone");
         }
         jobs_.push_back({&op});
@@ -177,6 +176,11 @@ class PlayedShard final : public Shard
 
     static bool on_range(const ShardOp &op) { return op.kind == ShardOp::Kind::map || op.kind == ShardOp::Kind::unmap; }
 
+    static bool alone(const ShardOp &op)
+    {
+        return op.kind == ShardOp::Kind::enable || op.kind == ShardOp::Kind::disable;
+    }
+
     void complain(const char *what) { complaints_.emplace_back(what); }
 
     std::optional<SliceRecord::Found> first_in(std::uint64_t start, std::uint64_t end) const
@@ -201,6 +205,9 @@ class PlayedShard final : public Shard
             return unmap(job, op);
         case ShardOp::Kind::sync:
             return mark(job, {DR_MARKER_SYNC, op.cookie});
+        case ShardOp::Kind::split:
+        case ShardOp::Kind::collapse:
+            return std::exchange(job.begun, true);
         default:
             break;
         }
@@ -228,8 +235,8 @@ class PlayedShard final : public Shard
                 op.result = -ENOMEM;
                 return true;
             }
-            static_cast<void>(record_.reserve());
-            record_.add({op.start, op.end, op.oa, op.rights}, op.continues);
+            static_cast<void>(record_.reserve(1));
+            record_.add({op.start, op.end, op.oa, op.rights}, op.continues ? SliceRecord::continues : 0);
             job.begun = true;
             return false;
         }
@@ -242,11 +249,11 @@ class PlayedShard final : public Shard
             return true;
         if (chance(random_, 8)) {
             if (!op.again) // what a worker before has made may stay
-                record_.remove(there->slot);
+                record_.remove(there->extent.tag);
             op.result = -ENOMEM;
             return true;
         }
-        record_.set_whole(there->slot);
+        record_.set_whole(there->extent.tag);
         return false;
     }
 
@@ -259,7 +266,7 @@ class PlayedShard final : public Shard
             if (there && there->extent.start < op.start)
                 complain("a map is cut in two");
             if (there && there->continues)
-                record_.part(there->slot);
+                record_.part(there->extent.tag);
             job.begun = true;
             return false;
         }
@@ -281,9 +288,9 @@ class PlayedShard final : public Shard
         }
         const std::uint64_t half = (there->extent.start + there->extent.end) / 2 / page * page;
         if (half > there->extent.start && chance(random_, 2))
-            record_.cut(there->slot, half);
+            record_.cut(there->extent.tag, half);
         else
-            record_.remove(there->slot);
+            record_.remove(there->extent.tag);
         job.took_out = true;
         return false;
     }
@@ -317,7 +324,7 @@ class Life
         commands_.emplace(std::move(config));
         commands_->add_memory(0, 1ull << 40);
         if (objects == Objects::all) {
-            HwptRoute route{ioas, aperture_lg2, slice_lg2, 52, true, true, {}, &memory.hwpt_record};
+            HwptRoute route{ioas, aperture_lg2, slice_lg2, 52, 1u << 12, true, true, {}, &memory.hwpt_record};
             for (unsigned i = 0; i < shards; ++i) {
                 shards_.push_back(std::make_unique<PlayedShard>(memory.slices[i], random, complaints));
                 route.shards.push_back({shards_.back().get(), i % 2 == 0 ? &home_ : &other_});
@@ -463,6 +470,9 @@ class Vmm
             for (const SliceMemory &slice : memory_.slices)
                 check(slice.has({DR_MARKER_SYNC, r.cookie}), "a sync's marker is missing");
             return;
+        case DR_OP_SPLIT:
+        case DR_OP_COLLAPSE:
+            return check(c.result == 0, "a resize cannot fail here");
         default:
             check(c.result == (enabled_ == (r.opcode == DR_OP_ENABLE) ? -EALREADY : 0), "result of enable or disable");
             enabled_ = r.opcode == DR_OP_ENABLE;
@@ -505,7 +515,8 @@ class Vmm
         const auto end = [](const dr_command &r) { return r.length == UINT64_MAX ? aperture : r.iova + r.length; };
         if (a.object != b.object || is_range(a) != is_range(b))
             return false;
-        return is_range(a) ? a.iova < end(b) && b.iova < end(a) : a.opcode != DR_OP_SYNC || b.opcode != DR_OP_SYNC;
+        const auto alone = [](const dr_command &r) { return r.opcode == DR_OP_ENABLE || r.opcode == DR_OP_DISABLE; };
+        return is_range(a) ? a.iova < end(b) && b.iova < end(a) : alone(a) || alone(b);
     }
 
     Memory &memory_;
@@ -619,6 +630,20 @@ dr_command on_hwpt(dr_opcode opcode, std::uint64_t cookie = 0)
     return {0, opcode, 0, hwpt, 0, 0, 0, 0, cookie, 0};
 }
 
+dr_command resize(std::uint64_t at, std::uint64_t pages)
+{
+    return {0,
+            static_cast<std::uint32_t>(at % 2 == 0 ? DR_OP_SPLIT : DR_OP_COLLAPSE),
+            0,
+            hwpt,
+            12,
+            at * page,
+            pages * page,
+            0,
+            0,
+            0};
+}
+
 // OA - IOVA is one of two, so that maps side by side look like one.
 rc::Gen<dr_command> any_command()
 {
@@ -628,7 +653,7 @@ rc::Gen<dr_command> any_command()
         const auto length = *rc::gen::inRange<std::uint64_t>(1, std::min(pages - at, pages / 2) + 1);
         const auto offset = *rc::gen::inRange<std::uint64_t>(0, 2) << 30;
         dr_command c{};
-        switch (*rc::gen::weightedElement<int>({{6, 0}, {5, 1}, {1, 2}, {2, 3}, {2, 4}, {2, 5}})) {
+        switch (*rc::gen::weightedElement<int>({{6, 0}, {5, 1}, {1, 2}, {2, 3}, {2, 4}, {2, 5}, {2, 6}})) {
         case 0:
             c = map(at, length, offset,
                     *rc::gen::element<std::uint32_t>(DR_MAP_WRITE, DR_MAP_WRITE | DR_MAP_IDEMPOTENT));
@@ -646,6 +671,9 @@ rc::Gen<dr_command> any_command()
             break;
         case 4:
             c = on_hwpt(DR_OP_ENABLE);
+            break;
+        case 5:
+            c = resize(at, length);
             break;
         default:
             c = on_hwpt(DR_OP_DISABLE);
@@ -820,36 +848,37 @@ TEST(CommandRestart, RollsBackToTheEnd)
             CommandJournal::roll_back(r, -ENOMEM);
     }
     SliceRecord slice = b.memory.slices[1].record();
-    ASSERT_EQ(slice.reserve(), 0);
-    slice.set_whole(slice.add({16 * page, 32 * page, 16 * page, {true, false}}, true));
+    ASSERT_EQ(slice.reserve(1), 0);
+    slice.add({16 * page, 32 * page, 16 * page, {true, false}}, SliceRecord::whole | SliceRecord::continues);
     b.start(true);
     EXPECT_EQ(b.results(), (Results{{0, -ENOMEM}}));
     b.submit(unmap(0, 64), 1);
     EXPECT_EQ(b.results(), (Results{{1, -ENOENT}}));
 }
 
-// What three maps have left: one over two slices; one that has begun again before where half of another was unmapped; the rest.
+// What three maps have left: one over two slices, in three pieces; one that has begun again before where half of another was unmapped; the rest.
 TEST(CommandRestart, KnowsWhatIsOneMap)
 {
     Bench b;
     std::vector<SliceRecord> slices;
     for (const SliceMemory &memory : b.memory.slices) {
         slices.push_back(memory.record());
-        ASSERT_EQ(slices.back().reserve(), 0);
+        ASSERT_EQ(slices.back().reserve(2), 0);
     }
     const auto add = [](SliceRecord &slice, std::uint64_t start, std::uint64_t end, bool continues) {
-        const std::uint32_t slot = slice.add({start * page, end * page, start * page, {true, false}}, continues);
-        slice.set_whole(slot);
-        return slot;
+        return slice.add({start * page, end * page, start * page, {true, false}},
+                         SliceRecord::whole | (continues ? SliceRecord::continues : 0));
     };
-    add(slices[0], 8, 16, false);
+    add(slices[0], 8, 12, false); // in two pieces, whose leaves differ
+    add(slices[0], 12, 16, true);
     add(slices[1], 16, 20, true);
     add(slices[1], 24, 32, false);
     slices[2].part(add(slices[2], 32, 48, true));
     b.start(true);
     b.submit(unmap(8, 8), 1);
     b.submit(unmap(16, 4), 2);
-    EXPECT_EQ(b.results(), (Results{{1, -ENOENT}, {2, -ENOENT}}));
+    b.submit(unmap(12, 8), 4);
+    EXPECT_EQ(b.results(), (Results{{1, -ENOENT}, {2, -ENOENT}, {4, -ENOENT}}));
     b.random.seed(3); // none of the shards' refusals
     b.submit(unmap(24, 8), 3);
     EXPECT_EQ(b.results(), (Results{{3, 0}}));
@@ -919,8 +948,8 @@ TEST(CommandRestart, UnmapKeepsItsEpoch)
     for (SliceMemory &slice : b.memory.slices)
         slice.armed = true;
     SliceRecord slice = b.memory.slices[1].record();
-    ASSERT_EQ(slice.reserve(), 0);
-    slice.set_whole(slice.add({16 * page, 17 * page, 0, {true, false}}, false));
+    ASSERT_EQ(slice.reserve(1), 0);
+    slice.add({16 * page, 17 * page, 0, {true, false}}, SliceRecord::whole);
     b.start(true);
     b.submit(unmap(16, 1), 7);
     b.die_at(Point::command_begun);

@@ -534,6 +534,11 @@ Control control(Fault fault)
     case Fault::resumed_map_not_scanned:
     case Fault::cut_not_noted:
         return {fault, "by a death: schedule_test", nullptr};
+    case Fault::split_drops_dirty:
+    case Fault::naive_replicated_split:
+    case Fault::replica_reported_alone:
+    case Fault::naive_collapse:
+        return {fault, "resize_test", nullptr};
     case Fault::restart_without_call:
     case Fault::sync_marks_again:
         return {fault, "restart_test", nullptr};

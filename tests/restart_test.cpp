@@ -107,6 +107,18 @@ bool scenario(Rig &rig, DeathAt &death)
     rig.unpin(1, pin);
     if (!death.run(rig, sync))
         return false;
+    const auto resize = [&](OpKind kind, std::uint64_t iova, std::uint64_t length, unsigned lg2) {
+        const Op &op = rig.submit_resize(kind, iova, length, lg2);
+        for (unsigned i = 0; i < 100'000 && !op.over(); ++i) {
+            death.step(rig);
+            write();
+            rig.drain(0, 2);
+        }
+        return op.over() && op.result == 0;
+    };
+    if (!resize(OpKind::split, GiB, 14 * MiB, 12) || !resize(OpKind::collapse, GiB, 14 * MiB, 30) ||
+        !resize(OpKind::split, GiB + 5 * MiB, 2 * MiB, 16) || !resize(OpKind::split, 8 * GiB, MiB, 13))
+        return false;
     for (std::uint64_t at = 0; at < MiB; at += 3 * P)
         rig.write(1, 8 * GiB + at, 8);
     if (!unmap(8 * GiB, MiB) || !map(8 * GiB, 4 * MiB, 40 * MiB))
@@ -128,6 +140,9 @@ struct Kind {
     dr_space space;
     unsigned format = iommu::AmdV1::id;
     bool always_on = false;
+    bool all_sizes = false;
+    iommu::Break how = iommu::Break::none;
+    dr_split split = DR_SPLIT_NONE;
 
     friend void PrintTo(const Kind &k, std::ostream *out) { *out << k.name; }
 };
@@ -152,6 +167,9 @@ TEST_P(Dies, AtEveryPlaceAndNothingIsLost)
         for (const unsigned n : {1u, 2u, 3u, 7u, 20u}) {
             Rig rig({.format = GetParam().format,
                      .always_on = GetParam().always_on,
+                     .all_sizes = GetParam().all_sizes,
+                     .split = GetParam().split,
+                     .how = GetParam().how,
                      .space = GetParam().space,
                      .capacity = 16,
                      .memory = 64 * MiB});
@@ -162,7 +180,9 @@ TEST_P(Dies, AtEveryPlaceAndNothingIsLost)
             EXPECT_EQ(rig.lost(), 0u) << names_of_points[p] << ' ' << n;
             EXPECT_EQ(rig.stray, 0u) << names_of_points[p] << ' ' << n;
             const bool reached = !elsewhere.contains(names_of_points[p]) &&
-                                 (GetParam().space == DR_SPACE_IOVA || names_of_points[p] != "unmap_marked");
+                                 (GetParam().space == DR_SPACE_IOVA || names_of_points[p] != "unmap_marked") &&
+                                 (GetParam().all_sizes || !names_of_points[p].starts_with("split_replica")) &&
+                                 (GetParam().split == DR_SPLIT_NONE || names_of_points[p] != "unmap_unlinked");
             if (n == 1 && reached) {
                 EXPECT_TRUE(death.came()) << names_of_points[p];
             }
@@ -177,13 +197,16 @@ TEST_P(Dies, AtEveryPlaceAndNothingIsLost)
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, Dies,
-                         testing::Values(Kind{"Iova", DR_SPACE_IOVA}, Kind{"Oa", DR_SPACE_OA},
-                                         Kind{"IovaAlwaysOn", DR_SPACE_IOVA, iommu::AmdV1::id, true},
-                                         Kind{"IovaVtdSs", DR_SPACE_IOVA, iommu::VtdSs::id},
-                                         Kind{"IovaSmmuV3S2", DR_SPACE_IOVA, iommu::SmmuV3S2::id},
-                                         Kind{"IovaSmmuV3S1", DR_SPACE_IOVA, iommu::SmmuV3S1::id}),
-                         [](const auto &info) { return std::string(info.param.name); });
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, Dies,
+    testing::Values(Kind{"Iova", DR_SPACE_IOVA}, Kind{"Oa", DR_SPACE_OA},
+                    Kind{"IovaAlwaysOn", DR_SPACE_IOVA, iommu::AmdV1::id, true},
+                    Kind{"OaEager", DR_SPACE_OA, iommu::AmdV1::id, false, true, iommu::Break::none, DR_SPLIT_EAGER},
+                    Kind{"OaAllSizes", DR_SPACE_OA, iommu::AmdV1::id, false, true},
+                    Kind{"IovaVtdSs", DR_SPACE_IOVA, iommu::VtdSs::id},
+                    Kind{"IovaSmmuV3S2", DR_SPACE_IOVA, iommu::SmmuV3S2::id, false, false, iommu::Break::not_cached},
+                    Kind{"IovaSmmuV3S1", DR_SPACE_IOVA, iommu::SmmuV3S1::id, false, false, iommu::Break::stall}),
+    [](const auto &info) { return std::string(info.param.name); });
 
 // It dies while it begins again, as often as it likes.
 TEST(Restart, MayDieItself)

@@ -144,7 +144,7 @@ void Rig::make_shard(unsigned i, bool restored)
     config.index = i;
     config.control = translation_region_.map.as<dr_shard_control>(geometry.shard_controls) + i;
     config.generations = translation_region_.map.as<std::uint64_t>(geometry.generations);
-    config.leaf_lg2_max = options_.leaf_lg2_max;
+    config.leaves = {options_.leaf_lg2_max, options_.all_sizes, options_.collapse, options_.split, options_.how};
     config.producer = options_.tracked ? s.producer_region.map.as<dr_ring_producer>() : nullptr;
     config.consumer = options_.tracked ? s.consumer_region.map.as<dr_ring_consumer>() : nullptr;
     config.min_interval_ns = options_.min_interval_ns;
@@ -262,6 +262,18 @@ Op &Rig::submit_unmap(std::uint64_t iova, std::uint64_t length, Harvest harvest)
     return op;
 }
 
+Op &Rig::submit_resize(OpKind kind, std::uint64_t iova, std::uint64_t length, unsigned lg2)
+{
+    Op &op = ops_.emplace_back();
+    op.kind = kind;
+    op.shard = shard_of(iova);
+    op.start = iova;
+    op.end = iova + length;
+    op.leaf_lg2 = lg2;
+    deliver(op);
+    return op;
+}
+
 void Rig::note_mapped(const Op &op)
 {
     ioas.insert({op.start, op.end, op.oa, op.rights});
@@ -309,6 +321,17 @@ int Rig::unmap(std::uint64_t iova, std::uint64_t length, Harvest harvest)
             at = op.reached;
             drain(op.shard);
         } while (result == -EAGAIN && ++tries < 10'000);
+    });
+    return result;
+}
+
+int Rig::resize(OpKind kind, std::uint64_t iova, std::uint64_t length, unsigned lg2)
+{
+    int result = 0;
+    for_slices(iova, length, [&](std::uint64_t at, std::uint64_t n) {
+        const Op &op = submit_resize(kind, at, n, lg2);
+        if (result == 0)
+            result = run(op) ? op.result : -ETIMEDOUT;
     });
     return result;
 }
@@ -546,14 +569,31 @@ std::uint64_t *Rig::entry(std::uint64_t iova, unsigned level) const
     return view.tables().entries(table) + iommu::entry_index(iova, level);
 }
 
-bool Rig::is_dirty(std::uint64_t iova)
+Rig::Walked Rig::leaf(std::uint64_t iova) const
 {
     for (unsigned level = 0; level <= std::min(geometry.root_level, iommu::leaf_level_max); ++level) {
         const std::uint64_t *e = entry(iova, level);
         if (e != nullptr && decode(*e, level).kind == iommu::EntryKind::leaf)
-            return iommu::with_format(options_.format, [&](auto f) { return f.dirty(*e); });
+            return {*e, decode(*e, level)};
     }
-    return false;
+    return {};
+}
+
+bool Rig::is_dirty(std::uint64_t iova) const
+{
+    return iommu::with_format(options_.format, [&](auto f) { return f.dirty(leaf(iova).entry); });
+}
+
+bool Rig::is_accessed(std::uint64_t iova) const
+{
+    const std::uint64_t entry = leaf(iova).entry;
+    return iommu::with_format(options_.format, [&](auto f) { return f.accessed(entry, false) == entry; });
+}
+
+std::uint64_t Rig::translates_to(std::uint64_t iova) const
+{
+    const iommu::Entry e = leaf(iova).leaf;
+    return e.address + (iova & ((1ull << e.lg2) - 1));
 }
 
 iommu::Entry Rig::decode(std::uint64_t entry, unsigned level) const

@@ -85,6 +85,10 @@ struct RigOptions {
     unsigned aperture_lg2 = 39;
     unsigned shards = 1;
     unsigned leaf_lg2_max = iommu::largest_leaf_lg2;
+    bool all_sizes = false;
+    bool collapse = false;
+    dr_split split = DR_SPLIT_NONE;
+    iommu::Break how = iommu::Break::none;
     dr_space space = DR_SPACE_OA;
     std::uint64_t capacity = 1024;
     std::uint64_t min_interval_ns = 0;
@@ -138,6 +142,8 @@ class Rig
     Op &submit(unsigned shard, OpKind kind);
     Op &submit_map(std::uint64_t iova, std::uint64_t length, std::uint64_t oa, iommu::Rights rights = read_write);
     Op &submit_unmap(std::uint64_t iova, std::uint64_t length, Harvest harvest = Harvest::now);
+    // Leaves of [iova, iova + length) are to be 2^lg2 bytes at most, or at least where they can.
+    Op &submit_resize(OpKind kind, std::uint64_t iova, std::uint64_t length, unsigned lg2);
     // What the VMM notes once the reply is there.
     void note_mapped(const Op &op);
     void note_unmapped(const Op &op);
@@ -147,6 +153,14 @@ class Rig
     // These split at slices, drain, and repeat what is answered with AGAIN. 0 or -errno; -ETIMEDOUT: a hang.
     int map(std::uint64_t iova, std::uint64_t length, std::uint64_t oa, iommu::Rights rights = read_write);
     int unmap(std::uint64_t iova, std::uint64_t length, Harvest harvest = Harvest::now);
+    int split(std::uint64_t iova, std::uint64_t length, unsigned lg2)
+    {
+        return resize(OpKind::split, iova, length, lg2);
+    }
+    int collapse(std::uint64_t iova, std::uint64_t length, unsigned lg2)
+    {
+        return resize(OpKind::collapse, iova, length, lg2);
+    }
     int enable();
     int disable();
     // All shards; ends when the markers are read.
@@ -183,7 +197,11 @@ class Rig
 
     // Pages written whose copy differs; right when no device is inside and after a sync.
     [[nodiscard]] std::uint64_t lost() const;
-    [[nodiscard]] bool is_dirty(std::uint64_t iova);
+    [[nodiscard]] bool is_dirty(std::uint64_t iova) const;
+    [[nodiscard]] bool is_accessed(std::uint64_t iova) const;
+    // Of the leaf that a device finds; 0: there is none.
+    [[nodiscard]] unsigned leaf_lg2(std::uint64_t iova) const { return leaf(iova).leaf.lg2; }
+    [[nodiscard]] std::uint64_t translates_to(std::uint64_t iova) const;
 
     // Where each ring and sync stands, for a message.
     [[nodiscard]] std::string describe();
@@ -239,6 +257,12 @@ class Rig
     PerShard &state(unsigned i = 0) { return shards_[i]; }
 
   private:
+    struct Walked {
+        std::uint64_t entry = 0;
+        iommu::Entry leaf;
+    };
+    [[nodiscard]] Walked leaf(std::uint64_t iova) const;
+    int resize(OpKind kind, std::uint64_t iova, std::uint64_t length, unsigned lg2);
     void make_shard(unsigned i, bool restored);
     void bury_at(unsigned i, unsigned device);
     template <class Over> bool wait_for(Over over);

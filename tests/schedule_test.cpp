@@ -23,12 +23,16 @@ class Schedule
   public:
     explicit Schedule(std::uint64_t seed, bool mortal = false, unsigned format = iommu::AmdV1::id,
                       bool always_on = false)
-        : random_(seed), mortal_(mortal), layout_{below(2) == 0 ? 1u : 2u},
+        : random_(seed), mortal_(mortal), resizes_(below(2) == 0), layout_{below(2) == 0 ? 1u : 2u},
           rig_({.format = format,
                 .always_on = always_on,
                 .aperture_lg2 = layout_.aperture_lg2(),
                 .shards = layout_.shards,
                 .leaf_lg2_max = below(2) == 0 ? 12u : 30u,
+                .all_sizes = below(2) == 0,
+                .split = static_cast<dr_split>(resizes_ ? below(3) : 0),
+                .how =
+                    below(2) == 0 ? iommu::Break::none : iommu::Break::not_cached, // one thread cannot stall for itself
                 .space = below(2) == 0 ? DR_SPACE_OA : DR_SPACE_IOVA,
                 .capacity = 8ull << below(3),
                 .memory = Layout::memory,
@@ -145,7 +149,10 @@ class Schedule
             return poll();
         default:
             poll();
-            return below(6) == 0 ? start_sync() : below(8) == 0 ? restart_tracking() : change_map();
+            return below(6) == 0               ? start_sync()
+                   : below(8) == 0             ? restart_tracking()
+                   : resizes_ && below(4) == 0 ? resize()
+                                               : change_map();
         }
     }
 
@@ -314,6 +321,20 @@ class Schedule
         flights_.push_back({op, OpKind::sync, 0, cookie, std::move(before)});
     }
 
+    void resize()
+    {
+        if (walking_)
+            return;
+        constexpr std::uint64_t pages = Layout::block_size / page_size;
+        const std::uint64_t from = below(2) == 0 ? 0 : below(pages);
+        const std::uint64_t upto = below(2) == 0 ? pages : from + 1 + below(pages - from);
+        const OpKind kind = below(2) == 0 ? OpKind::split : OpKind::collapse;
+        const unsigned sizes[] = {12, 13, 16, 21, 30};
+        Op &op = rig_.submit_resize(kind, layout_.iova(static_cast<unsigned>(below(Layout::blocks))) + from * page_size,
+                                    (upto - from) * page_size, sizes[below(std::size(sizes))]);
+        flights_.push_back({&op, kind, 0, 0, {}});
+    }
+
     // Alone, as the control plane sees to it.
     void restart_tracking()
     {
@@ -382,6 +403,11 @@ class Schedule
                 });
             }
             return rig_.note_unmapped(op);
+        case OpKind::split:
+        case OpKind::collapse:
+            if (op.result != 0)
+                wrong_ = "resize fails";
+            return;
         default:
             ++syncs_;
             if (const std::uint64_t n = oracle_.missing(f.before); n != 0)
@@ -393,7 +419,8 @@ class Schedule
     static constexpr Point first_of_service = Point::walker_before_advance;
 
     std::mt19937_64 random_;
-    bool mortal_; // the service
+    bool mortal_;  // the service
+    bool resizes_; // leaves
     Layout layout_;
     Rig rig_;
     Oracle oracle_;

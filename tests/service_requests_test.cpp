@@ -291,8 +291,12 @@ TEST_F(ServiceHwptAlloc, WantsFieldsWithinTheirRange)
         expect(EINVAL, [&](auto &r) { r.space = v; });
     for (const std::uint32_t v : {0u, 1u, 4u, 9u, DR_CAPACITY_MAX * 2, UINT32_MAX})
         expect(EINVAL, [&](auto &r) { r.ring_entries = v; });
-    for (const std::uint32_t v : {2u, 4u, 5u, UINT32_MAX})
+    for (const std::uint32_t v : {2u, 16u, 17u, UINT32_MAX})
         expect(EINVAL, [&](auto &r) { r.flags = v; });
+    for (const std::uint32_t v : {3u, UINT32_MAX})
+        expect(EINVAL, [&](auto &r) { r.split = v; });
+    for (const std::uint32_t v : {1u, UINT32_MAX}) // of AMD v1
+        expect(EINVAL, [&](auto &r) { r.bbml = v; });
     expect_done(guest.call(DR_HWPT_ALLOC, RawGuest::hwpt_request(ioas)));
 }
 

@@ -169,10 +169,10 @@ TEST_F(ServiceCommand, WantsFieldsThatItKnows)
         }
         dr_command c = map_command(guest.ioas, mapped, page, 0);
         c.opcode = opcode;
-        c.reserved0 = 1;
+        c.leaf_lg2 = 12;
         EXPECT_EQ(guest.run(c), -EINVAL) << "opcode " << opcode;
-        c.reserved0 = 0;
-        c.reserved1 = 1;
+        c.leaf_lg2 = 0;
+        c.reserved = 1;
         EXPECT_EQ(guest.run(c), -EINVAL) << "opcode " << opcode;
     }
 }

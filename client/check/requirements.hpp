@@ -227,6 +227,12 @@ inline constexpr Requirement requirements[] = {
     {"M-25", Role::service, "The service MUST put one sync marker with the cookie of a SYNC into every ring of the "
      "hwpt and publish it before it completes the SYNC with 0."},
     {"M-26", Role::service, "The service MUST NOT hold up a map change for a SYNC that waits for room."},
+    {"M-27", Role::service, "The service MUST complete a SPLIT or COLLAPSE with 0, or with the errno that layout.h "
+                            "lists for what is wrong with it: EINVAL, ENOENT or ERANGE."},
+    {"M-28", Role::service, "The service MUST translate what is mapped during a SPLIT and a COLLAPSE as before and "
+                            "after."},
+    {"M-29", Role::service, "The service MUST report what was dirty before a SPLIT or COLLAPSE, and what is written "
+                            "during it."},
     {"E-6", Role::front_end, "A front-end MUST wait for the completion of ENABLE before it copies what it wants to "
      "be told of."},
     {"E-7", Role::front_end, "A front-end MUST have its devices' DMA ended before it submits the SYNC after which it "

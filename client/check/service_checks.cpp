@@ -36,7 +36,7 @@ void check_service(Verdicts &verdicts, const std::string &socket, std::chrono::m
     const Peer somebody(first);
     bool there = true;
     for (const auto &area : {message_checks(), object_checks(), memory_checks(), ring_checks(), command_checks(),
-                             map_checks(), tracking_checks(), device_checks()}) {
+                             map_checks(), tracking_checks(), size_checks(), device_checks()}) {
         for (const Check &check : area) {
             if (there)
                 there = run(check, verdicts, socket, patience, end);

@@ -17,6 +17,7 @@ std::span<const Check> ring_checks();     // Q
 std::span<const Check> command_checks();  // M-1 to M-10
 std::span<const Check> map_checks();      // M-11 to M-20
 std::span<const Check> tracking_checks(); // M-21 to M-26
+std::span<const Check> size_checks();     // M-27 to M-29
 std::span<const Check> device_checks();   // devices' sections, deaths, pins
 
 // How the service ended, if it has.

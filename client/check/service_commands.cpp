@@ -32,8 +32,8 @@ void fields(Context &c)
     };
     const auto common = [&](const dr_command &right) {
         with(right, "an unknown flag", [](auto &r) { r.flags |= 1u << 31; });
-        with(right, "reserved0 1", [](auto &r) { r.reserved0 = 1; });
-        with(right, "reserved1 1", [](auto &r) { r.reserved1 = 1; });
+        with(right, "leaf_lg2 12", [](auto &r) { r.leaf_lg2 = 12; });
+        with(right, "reserved 1", [](auto &r) { r.reserved = 1; });
     };
     common(map);
     with(map, "a cookie", [](auto &r) { r.cookie = 1; });

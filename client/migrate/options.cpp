@@ -5,6 +5,7 @@
 #include "iommu/formats.hpp"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 
 #include <bit>
 #include <cctype>
@@ -26,6 +27,8 @@ const std::map<std::string, dr_format> formats = [] {
     return by_name;
 }();
 const std::map<std::string, std::uint32_t> leaves{{"4K", 12}, {"2M", 21}, {"1G", 30}};
+const std::map<std::string, dr_split> splits{
+    {"none", DR_SPLIT_NONE}, {"eager", DR_SPLIT_EAGER}, {"lazy", DR_SPLIT_LAZY}};
 const std::map<std::string, bool> trackings{{"on", true}, {"none", false}};
 
 template <class Value> CLI::Validator one_of(const std::map<std::string, Value> &values)
@@ -100,6 +103,11 @@ const char *name(dr_space space)
     return space == DR_SPACE_OA ? "oa" : "iova";
 }
 
+std::string name(dr_split split)
+{
+    return std::find_if(splits.begin(), splits.end(), [&](const auto &s) { return s.second == split; })->first;
+}
+
 const char *name(dr_format format)
 {
     return iommu::with_format(format, [](auto f) { return f.name; });
@@ -156,6 +164,8 @@ void declare(CLI::App &app, Options &options)
     add_choice(app, "--format", options.format, formats, "of the page tables (amdv1)");
     add_choice(app, "--space", options.space, spaces, "what the rings name (oa)");
     add_choice(app, "--leaf", options.leaf_lg2, leaves, "the largest leaf used; one is dirty as a whole (4K)");
+    add_choice(app, "--split", options.split, splits,
+               "larger leaves while tracking: eager, all of them; lazy, those that were dirty; none (none)");
     app.add_option("--shards", options.shards, "slices of the IOVA space, each with a ring (1)");
     app.add_option("--ring-entries", options.ring_entries, "of each ring (4096)");
     app.add_option("--min-interval", options.min_interval_us, "µs between two sweeps of a slice (1000)");

@@ -42,6 +42,7 @@ struct Options {
     dr_format format = DR_FORMAT_AMDV1;
     dr_space space = DR_SPACE_OA;
     std::uint32_t leaf_lg2 = 12;
+    dr_split split = DR_SPLIT_NONE;
     std::uint32_t shards = 1; // a power of two
     std::uint32_t ring_entries = 4096;
     std::uint32_t min_interval_us = 1000;
@@ -58,6 +59,7 @@ struct Options {
 const char *name(Pattern pattern);
 const char *name(dr_space space);
 const char *name(dr_format format);
+std::string name(dr_split split);
 
 // Declares the options of `dirtyring migrate`, to be parsed into `options`.
 void declare(CLI::App &app, Options &options);

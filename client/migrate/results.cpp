@@ -45,6 +45,7 @@ nlohmann::ordered_json options_json(const Options &o)
                  {"format", name(o.format)},
                  {"space", name(o.space)},
                  {"leaf", std::uint64_t{1} << o.leaf_lg2},
+                 {"split", name(o.split)},
                  {"shards", o.shards},
                  {"ring_entries", o.ring_entries},
                  {"min_interval_us", o.min_interval_us},

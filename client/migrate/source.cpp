@@ -58,6 +58,7 @@ class Source
         attributes.shards = options.shards;
         attributes.format = options.format;
         attributes.leaf_lg2_max = options.leaf_lg2;
+        attributes.split = options.split;
         attributes.space = options.space;
         attributes.ring_entries = options.ring_entries;
         attributes.min_interval_us = options.min_interval_us;

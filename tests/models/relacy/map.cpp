@@ -94,8 +94,11 @@ Suite table()
             5,
             simulate<Table>,
             {
-                {"link_relaxed", "S6", Fault::none, {{link, store, relaxed, seq_cst, "link_parent"}}},
-                {"walk_relaxed", "S6", Fault::none, {{link, load, relaxed}, {link, rmw, relaxed}}},
+                {"link_relaxed", "S6", Fault::none, {{link, rmw, relaxed, seq_cst, "replace_leaf"}}},
+                {"walk_relaxed",
+                 "S6",
+                 Fault::none,
+                 {{link, load, relaxed}, {link, rmw, relaxed, seq_cst, "set_accessed_table"}}},
                 {"leaf_relaxed", "S6", Fault::none, {{leaf, store, relaxed, seq_cst, "map_leaf"}}, {}, "the link"},
             }};
 }

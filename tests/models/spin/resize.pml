@@ -2,16 +2,14 @@
  *
  * KIND: SPLIT_REPLICAS   AMD: a large leaf is written twice, in entries 0 and 1, and hardware may set D in either
  *       SPLIT_TABLE      a large leaf (entry 2) becomes a table of entries 0 and 1
- *       COLLAPSE_DIRTY   a table becomes a large leaf, installed with D
- *       COLLAPSE_READ    the same, but D as the children had it, and they are read again after the grace
- * KILLS: how often the service dies; an intent survives, and a restart acts on it.
+ *       COLLAPSE         a table becomes a large leaf, installed clean; the table's leaves are read after the grace
+ * KILLS: how often the service dies. What survives is the record: which size the leaves have. In doubt it has the large one, but for a
+ * collapse, where it has the table until its leaves were read; then the restart puts the table back.
  */
 #define SPLIT_REPLICAS 1
 #define SPLIT_TABLE 2
-#define COLLAPSE_DIRTY 3
-#define COLLAPSE_READ 4
+#define COLLAPSE 3
 #define REPLICATED (KIND == SPLIT_REPLICAS)
-#define COLLAPSES (KIND >= COLLAPSE_DIRTY)
 
 #define PAGES 2
 #define LEAVES 3
@@ -34,7 +32,8 @@ bool kind[3];              /* of entries 0 and 1 (replicas): SMALL or LARGE_LEAF
 #include "ghost.inc"
 #include "section.inc"
 
-bool intent;               /* in the private memfd, before the first store of the change */
+bool recorded_large;       /* of the replicas, in the private memfd */
+bool noted;                /* the table, in the private memfd */
 byte staged;               /* pages */
 bool asked, changed;
 
@@ -88,7 +87,7 @@ inline pass()
 #ifdef REPLICA_ALONE
        staged = staged | ((batched & 4) -> 3 : batched);
 #else
-       staged = staged | ((batched & 4) || kind[0] -> 3 : batched);    /* one dirty replica reports the whole leaf */
+       staged = staged | ((batched & 4) || recorded_large -> 3 : batched);    /* one dirty replica reports the whole leaf */
 #endif
        do
        :: l < 3 -> d_step { if :: batched & BIT(l) -> dirty[l] = false :: else fi; l++ }
@@ -108,56 +107,61 @@ inline spread()
     dirty[0] = true; dirty[1] = true; pend = ALL_LINES
 }
 
+/* The table in the place of the leaf: D in its leaves if the large one has it, then compare-and-swap; if that fails, D in all of them. */
+inline put_table()
+{
+    batched = dirty[2];
+    if :: batched -> spread() :: else fi;
+    if
+    :: atomic { dirty[2] == batched -> dirty[2] = false; kind[2] = SMALL }
+    :: else -> spread(); d_step { dirty[2] = false; kind[2] = SMALL }
+    fi;
+    batched = 0
+}
+
 inline change()
 {
-    intent = true;
     if
     :: REPLICATED ->
-       d_step { batched = dirty[0]; kind[0] = SMALL };         /* compare-and-swap: entry 0's D is carried */
+#ifdef RECORD_FIRST
+       recorded_large = false;
+#endif
+       d_step { batched = dirty[0]; kind[0] = SMALL };         /* compare-and-swap: each replica's D is carried */
        d_step { batched = batched || dirty[1]; kind[1] = SMALL };
 #ifndef NAIVE_REPLICATED_SPLIT
        if :: batched -> spread() :: else fi;
 #endif
-       batched = 0
+       batched = 0;
+       recorded_large = false
     :: KIND == SPLIT_TABLE ->
 #ifdef SPLIT_BLIND
        batched = dirty[2];
        d_step { dirty[0] = batched; dirty[1] = batched; dirty[2] = false; kind[2] = SMALL };
-#else                                                          /* compare-and-swap */
-       d_step { batched = dirty[2]; dirty[0] = batched; dirty[1] = batched; dirty[2] = false; kind[2] = SMALL };
-#endif
-       if :: batched -> pend = ALL_LINES :: else fi;
        batched = 0
-    :: KIND == COLLAPSE_DIRTY ->
-       d_step { dirty[2] = true; kind[2] = LARGE_LEAF }; pend = ALL_LINES
-    :: KIND == COLLAPSE_READ ->
+#else
+       d_step { dirty[0] = false; dirty[1] = false };
+       noted = true;
+       put_table()
+#endif
+    :: KIND == COLLAPSE ->
+#ifdef NAIVE_COLLAPSE
        batched = dirty[0]; batched = batched || dirty[1];
+#endif
        d_step { dirty[2] = batched; kind[2] = LARGE_LEAF };
        batched = 0
     fi;
     generation[0]++;                                           /* S3 */
     grace();
     if
-    :: COLLAPSES ->
+    :: KIND == COLLAPSE ->
 #ifndef NAIVE_COLLAPSE
-       if :: KIND == COLLAPSE_READ && (dirty[0] || dirty[1]) -> dirty[2] = true :: else fi;
+       if :: dirty[0] || dirty[1] -> dirty[2] = true; pend = ALL_LINES :: else fi;
 #endif
-       pend = ALL_LINES;
+       noted = false;
        d_step { dirty[0] = false; dirty[1] = false }           /* the table is used again */
     :: else
     fi;
-    intent = false; changed = true
-}
-
-/* The change was begun: finish it without knowing what had D. */
-inline finish_change()
-{
-    if
-    :: REPLICATED -> kind[0] = SMALL; kind[1] = SMALL; spread()
-    :: COLLAPSES && kind[2] -> dirty[2] = true
-    :: else
-    fi;
-    intent = false
+    changed = true
 }
 
 proctype Owner()
@@ -168,11 +172,14 @@ again:
     {
         if
         :: restarted ->
-#ifndef RESTART_FORGETS_INTENT
-           if :: intent -> finish_change() :: else fi;
+#ifndef RESTART_FORGETS
+           if :: noted && kind[2] -> put_table() :: else fi;
+#else
+           recorded_large = false;
 #endif
            generation[0]++;
-           grace(); publish(); pend = ALL_LINES; changed = true
+           grace(); publish(); pend = ALL_LINES;
+           changed = !recorded_large                           /* the command is done again, or the collapse is given up */
         :: else
         fi;
 end:    do
@@ -197,6 +204,7 @@ init
     byte i;
     atomic {
         kind[0] = REPLICATED; kind[1] = REPLICATED; kind[2] = (KIND == SPLIT_TABLE);
+        recorded_large = REPLICATED; noted = (KIND == COLLAPSE);
         for (i : 0 .. DEVICES - 1) { run Device(i) }
         run Owner()
     };

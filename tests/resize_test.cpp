@@ -1,0 +1,385 @@
+// Split and collapse under DMA: what leaves are afterwards, that no dirty is lost, and that devices notice nothing.
+#include "tests/hook.hpp"
+#include "tests/rig.hpp"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <random>
+#include <thread>
+
+namespace dirtyring::test {
+namespace {
+
+constexpr std::uint64_t P = page_size;
+
+struct Kind {
+    const char *name;
+    unsigned format = iommu::AmdV1::id;
+    bool all_sizes = false;
+    iommu::Break how = iommu::Break::none;
+
+    friend void PrintTo(const Kind &k, std::ostream *out) { *out << k.name; }
+    [[nodiscard]] RigOptions options() const
+    {
+        RigOptions o;
+        o.format = format;
+        o.all_sizes = all_sizes;
+        o.how = how;
+        return o;
+    }
+};
+
+const Kind kinds[] = {
+    {"AmdV1"},
+    {"AmdV1AllSizes", iommu::AmdV1::id, true},
+    {"VtdSs", iommu::VtdSs::id},
+    {"SmmuV3S2", iommu::SmmuV3S2::id},
+    {"SmmuV3S1NotCached", iommu::SmmuV3S1::id, false, iommu::Break::not_cached},
+    {"SmmuV3S2Stall", iommu::SmmuV3S2::id, false, iommu::Break::stall},
+};
+
+class Resize : public testing::TestWithParam<Kind>
+{
+};
+
+INSTANTIATE_TEST_SUITE_P(Kinds, Resize, testing::ValuesIn(kinds),
+                         [](const auto &info) { return std::string(info.param.name); });
+
+// One thread would wait for itself where devices stall.
+class ResizeWithoutStall : public Resize
+{
+};
+
+INSTANTIATE_TEST_SUITE_P(Kinds, ResizeWithoutStall, testing::ValuesIn(std::begin(kinds), std::end(kinds) - 1),
+                         [](const auto &info) { return std::string(info.param.name); });
+
+// ---- what leaves are -------------------------------------------------------------------------------------------------
+
+TEST_P(Resize, SplitsToTheSizeAskedForAndCollapsesAgain)
+{
+    Rig rig(GetParam().options());
+    ASSERT_EQ(rig.map(2 * MiB, 62 * MiB, 2 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    const unsigned large = rig.leaf_lg2(8 * MiB);
+    EXPECT_EQ(large, GetParam().all_sizes ? 23u : 21u);
+    ASSERT_EQ(rig.split(8 * MiB, 4 * MiB, 12), 0);
+    for (std::uint64_t iova = 2 * MiB; iova < 64 * MiB; iova += P)
+        ASSERT_LE(rig.leaf_lg2(iova), iova >= 8 * MiB && iova < 12 * MiB ? 12u : 25u) << std::hex << iova;
+    EXPECT_EQ(rig.leaf_lg2(11 * MiB), 12u);
+    ASSERT_EQ(rig.collapse(8 * MiB, 4 * MiB, 30), 0);
+    EXPECT_GE(rig.leaf_lg2(9 * MiB), 21u);
+    ASSERT_EQ(rig.split(2 * MiB, 62 * MiB, 12), 0);
+    ASSERT_EQ(rig.collapse(2 * MiB, 62 * MiB, 30), 0);
+    EXPECT_EQ(rig.leaf_lg2(8 * MiB), large);
+    for (std::uint64_t iova = 2 * MiB; iova < 64 * MiB; iova += MiB) {
+        ASSERT_EQ(rig.write(0, iova, 8).reason, iommu::FaultReason::none);
+        EXPECT_EQ(rig.translates_to(iova), iova);
+    }
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+}
+
+TEST_P(Resize, TakesALeafOf1GiBApart)
+{
+    RigOptions options = GetParam().options();
+    options.memory = 2 * GiB;
+    Rig rig(options);
+    ASSERT_EQ(rig.map(GiB, GiB, GiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    ASSERT_EQ(rig.leaf_lg2(GiB), 30u);
+    ASSERT_EQ(rig.split(GiB + 5 * MiB, MiB, 12), 0) << "a range within the leaf";
+    EXPECT_EQ(rig.leaf_lg2(GiB + 5 * MiB), 12u);
+    ASSERT_EQ(rig.write(0, GiB + 5 * MiB, 8).reason, iommu::FaultReason::none);
+    ASSERT_EQ(rig.write(0, 2 * GiB - 8, 8).reason, iommu::FaultReason::none);
+    ASSERT_EQ(rig.collapse(GiB, GiB, 30), 0);
+    EXPECT_EQ(rig.leaf_lg2(GiB), 30u);
+    EXPECT_TRUE(rig.is_dirty(GiB));
+}
+
+// No leaf is of two maps: an unmap would cut it.
+TEST_P(Resize, CollapsesNoTwoMapsIntoOne)
+{
+    Rig rig(GetParam().options());
+    ASSERT_EQ(rig.map(4 * MiB, MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.map(5 * MiB, MiB, 5 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    ASSERT_EQ(rig.collapse(0, GiB, 30), 0);
+    EXPECT_LT(rig.leaf_lg2(4 * MiB), 21u);
+    ASSERT_EQ(rig.write(0, 4 * MiB, 8).reason, iommu::FaultReason::none);
+    ASSERT_EQ(rig.unmap(5 * MiB, MiB), 0);
+    EXPECT_EQ(rig.read(0, 4 * MiB, 8).reason, iommu::FaultReason::none);
+    EXPECT_EQ(rig.read(0, 5 * MiB, 8).reason, iommu::FaultReason::not_present);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+}
+
+TEST_P(Resize, KeepsA)
+{
+    Rig rig(GetParam().options());
+    ASSERT_EQ(rig.map(4 * MiB, 4 * MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    ASSERT_EQ(rig.read(0, 4 * MiB, 8).reason, iommu::FaultReason::none);
+    ASSERT_TRUE(rig.is_accessed(4 * MiB));
+    ASSERT_EQ(rig.split(4 * MiB, 4 * MiB, 12), 0);
+    EXPECT_TRUE(rig.is_accessed(4 * MiB));
+    ASSERT_EQ(rig.collapse(4 * MiB, 4 * MiB, 21), 0);
+    EXPECT_TRUE(rig.is_accessed(4 * MiB));
+}
+
+// ---- dirt ------------------------------------------------------------------------------------------------------------
+
+TEST_P(Resize, ReportsWhatWasDirtyThenWhatIsWritten)
+{
+    Rig rig(GetParam().options());
+    ASSERT_EQ(rig.map(4 * MiB, 8 * MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    rig.write(0, 5 * MiB, 8);
+    ASSERT_EQ(rig.split(4 * MiB, 8 * MiB, 12), 0);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+    EXPECT_GE(rig.pages_reported, 512u) << "nobody knows which page it was";
+    const std::uint64_t before = rig.pages_reported;
+    rig.write(0, 5 * MiB, 8);
+    rig.write(1, 7 * MiB, 8);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+    EXPECT_EQ(rig.pages_reported - before, 2u) << "over-reporting ends at the next pass";
+}
+
+TEST_P(Resize, CollapsesWhatIsCleanToWhatIsClean)
+{
+    Rig rig(GetParam().options());
+    ASSERT_EQ(rig.map(4 * MiB, 8 * MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    ASSERT_EQ(rig.split(4 * MiB, 8 * MiB, 12), 0);
+    rig.write(0, 5 * MiB, 8);
+    ASSERT_EQ(rig.sync(), 0);
+    const std::uint64_t before = rig.pages_reported;
+    ASSERT_EQ(rig.collapse(4 * MiB, 8 * MiB, 30), 0);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.pages_reported, before);
+    rig.write(0, 6 * MiB, 8);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+    EXPECT_GT(rig.pages_reported, before);
+}
+
+// A device writes at every place that has a name, to pages it has written before and to others, by what it has cached and not; a
+// section that began before goes on.
+std::uint64_t lost_at(const Kind &kind, Point where, Fault fault = Fault::none)
+{
+    RigOptions options = kind.options();
+    options.capacity = 4096;
+    Rig rig(options);
+    static_cast<void>(rig.map(4 * MiB, 16 * MiB, 4 * MiB));
+    static_cast<void>(rig.map(24 * MiB, 64 * KiB, 24 * MiB));
+    static_cast<void>(rig.enable());
+    std::uint64_t faults = 0;
+    const auto write = [&](std::uint64_t iova) {
+        const auto reason = rig.write(0, iova, 8).reason;
+        faults += reason != iommu::FaultReason::none && reason != iommu::FaultReason::stalled;
+    };
+    const auto all = [&] {
+        for (const std::uint64_t iova :
+             {4 * MiB, 4 * MiB + P, 5 * MiB + 3 * P, 7 * MiB, 19 * MiB + 17 * P, 24 * MiB, 24 * MiB + 5 * P})
+            write(iova);
+    };
+    std::uint64_t lost = 0;
+    for (const OpKind op : {OpKind::split, OpKind::collapse, OpKind::split}) {
+        all();
+        const Breaking breaking(fault);
+        {
+            const Hook hook(
+                where,
+                [&] {
+                    all();
+                    write(6 * MiB);
+                },
+                Hook::Times::always);
+            EXPECT_EQ(op == OpKind::split ? rig.split(4 * MiB, 28 * MiB, 12) : rig.collapse(4 * MiB, 28 * MiB, 30), 0);
+        }
+        EXPECT_EQ(rig.sync(), 0);
+        lost += rig.lost();
+        all();
+        EXPECT_EQ(rig.sync(), 0);
+        lost += rig.lost();
+    }
+    EXPECT_EQ(faults, 0u) << kind.name;
+    EXPECT_EQ(rig.stray, 0u) << kind.name;
+    return lost;
+}
+
+constexpr Point places[] = {Point::split_broken,    Point::split_replica,        Point::split_replicas,
+                            Point::split_limited,   Point::collapse_swapped,     Point::collapse_read,
+                            Point::map_table_noted, Point::walker_before_advance};
+
+TEST_P(ResizeWithoutStall, LosesNothingWrittenMeanwhile)
+{
+    for (const Point where : places)
+        EXPECT_EQ(lost_at(GetParam(), where), 0u) << static_cast<int>(where);
+}
+
+// Devices and the owner in threads of their own.
+TEST_P(Resize, IsNotNoticedByDevices)
+{
+    RigOptions options = GetParam().options();
+    options.capacity = 1 << 14;
+    Rig rig(options);
+    ASSERT_EQ(rig.map(4 * MiB, 16 * MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    std::atomic<bool> stop = false;
+    std::uint64_t faults = 0;
+    std::thread device([&] {
+        std::mt19937_64 random(1);
+        while (!stop.load(std::memory_order_relaxed))
+            faults += rig.write(0, 4 * MiB + random() % (16 * MiB / P) * P, 8).reason != iommu::FaultReason::none;
+    });
+    const auto late = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+    rig.proceed = [&] {
+        rig.step_all();
+        return std::chrono::steady_clock::now() < late;
+    };
+    for (unsigned i = 0; i < (under_tsan ? 3u : 30u); ++i) {
+        EXPECT_EQ(rig.split(4 * MiB, 16 * MiB, i % 3 == 0 ? 16 : 12), 0);
+        rig.step();
+        EXPECT_EQ(rig.collapse(4 * MiB, 16 * MiB, 30), 0);
+        rig.drain();
+    }
+    stop = true;
+    device.join();
+    EXPECT_EQ(faults, 0u);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+}
+
+// ---- negative controls -------------------------------------------------------------------------------------------------
+
+std::uint64_t lost_anywhere(const Kind &kind, Fault fault)
+{
+    std::uint64_t lost = 0;
+    for (const Point where : places)
+        lost += lost_at(kind, where, fault);
+    return lost;
+}
+
+TEST(ResizeBroken, LosesPages)
+{
+    EXPECT_GT(lost_anywhere(kinds[0], Fault::split_drops_dirty), 0u);
+    EXPECT_GT(lost_anywhere(kinds[0], Fault::naive_collapse), 0u);
+    EXPECT_GT(lost_anywhere(kinds[1], Fault::naive_replicated_split), 0u);
+    EXPECT_GT(lost_anywhere(kinds[1], Fault::replica_reported_alone), 0u);
+}
+
+// ---- no memory -----------------------------------------------------------------------------------------------------------
+
+TEST_P(Resize, LeavesLeavesAloneWhenThereIsNoMemory)
+{
+    unsigned failed = 0;
+    for (std::uint64_t steps = 0; steps < 1000; ++steps) {
+        RigOptions options = GetParam().options();
+        options.memory = 256 * MiB;
+        Rig rig(options);
+        ASSERT_EQ(rig.map(4 * MiB, 252 * MiB, 4 * MiB), 0);
+        ASSERT_EQ(rig.enable(), 0);
+        rig.write(0, 5 * MiB, 8);
+        rig.present_steps = steps;
+        const int result = rig.split(4 * MiB, 252 * MiB, 12);
+        rig.present_steps = UINT64_MAX;
+        for (std::uint64_t iova = 4 * MiB; iova < 256 * MiB; iova += 511 * P)
+            ASSERT_EQ(rig.write(0, iova, 8).reason, iommu::FaultReason::none);
+        if (result != 0) {
+            EXPECT_EQ(result, -ENOMEM);
+            ++failed;
+            ASSERT_EQ(rig.split(4 * MiB, 252 * MiB, 12), 0);
+        }
+        EXPECT_EQ(rig.leaf_lg2(255 * MiB), 12u);
+        ASSERT_EQ(rig.sync(), 0);
+        ASSERT_EQ(rig.lost(), 0u);
+        if (result == 0)
+            break;
+    }
+    EXPECT_GT(failed, 0u);
+}
+
+// ---- in the background ---------------------------------------------------------------------------------------------------
+
+bool settle(Rig &rig)
+{
+    for (unsigned i = 0; i < 1000; ++i) {
+        rig.now += 1'000'000;
+        if (!rig.settle())
+            return false;
+    }
+    return true;
+}
+
+TEST_P(Resize, SplitsEagerlyAndCollapsesAtTheEnd)
+{
+    RigOptions options = GetParam().options();
+    options.split = DR_SPLIT_EAGER;
+    options.collapse = true;
+    options.shards = 2;
+    Rig rig(options);
+    ASSERT_EQ(rig.map(4 * MiB, 16 * MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    ASSERT_TRUE(settle(rig));
+    EXPECT_EQ(rig.leaf_lg2(4 * MiB), 12u);
+    EXPECT_EQ(rig.leaf_lg2(20 * MiB - P), 12u);
+    ASSERT_EQ(rig.map(32 * MiB, 2 * MiB, 32 * MiB), 0);
+    EXPECT_EQ(rig.leaf_lg2(32 * MiB), 12u) << "maps that come later";
+    rig.write(0, 32 * MiB, 8);
+    rig.write(0, 4 * MiB, 8);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+    EXPECT_EQ(rig.pages_reported, 2u);
+    ASSERT_EQ(rig.disable(), 0);
+    ASSERT_TRUE(settle(rig));
+    EXPECT_GE(rig.leaf_lg2(4 * MiB), 21u);
+    EXPECT_GE(rig.leaf_lg2(32 * MiB), 21u);
+}
+
+TEST_P(Resize, SplitsWhatWasDirty)
+{
+    RigOptions options = GetParam().options();
+    options.split = DR_SPLIT_LAZY;
+    options.memory = 2 * GiB;
+    options.capacity = 1 << 13;
+    Rig rig(options);
+    ASSERT_EQ(rig.map(0, 2 * GiB, 0), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    rig.write(0, GiB + 7 * P, 8);
+    ASSERT_EQ(rig.sync(), 0);
+    ASSERT_TRUE(settle(rig));
+    EXPECT_EQ(rig.leaf_lg2(GiB), 12u);
+    EXPECT_EQ(rig.leaf_lg2(0), 30u);
+    const std::uint64_t before = rig.pages_reported;
+    rig.write(0, GiB + 7 * P, 8);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+    EXPECT_EQ(rig.pages_reported - before, 1u);
+}
+
+// A new owner goes on with it.
+TEST_P(Resize, SplitsEagerlyThroughARestart)
+{
+    RigOptions options = GetParam().options();
+    options.split = DR_SPLIT_EAGER;
+    Rig rig(options);
+    ASSERT_EQ(rig.map(4 * MiB, 60 * MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    rig.write(0, 4 * MiB, 8);
+    rig.step();
+    rig.restart();
+    ASSERT_TRUE(settle(rig));
+    EXPECT_EQ(rig.leaf_lg2(63 * MiB), 12u);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+}
+
+} // namespace
+} // namespace dirtyring::test
