@@ -253,6 +253,24 @@ DIRTYRING_API int dirtyring_set_sync(struct dirtyring_set *set);
  * service is away, the answer is 0. */
 DIRTYRING_API int dirtyring_set_synced(struct dirtyring_set *set);
 
+/* ---- a bitmap, for those who want one ----------------------------------------------------------------------------- */
+
+/* Reads all rings of an hwpt, and nobody else does meanwhile. Keeps what they report until it is read: in this process, so a successor takes
+ * everything for dirty. */
+struct dirtyring_log;
+DIRTYRING_API int dirtyring_log_open(struct dirtyring_vm *vm, uint32_t hwpt, struct dirtyring_log **log);
+DIRTYRING_API void dirtyring_log_close(struct dirtyring_log *log);
+
+#define DIRTYRING_LOG_KEEP 1u /* what is reported stays dirty; as IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR */
+
+/* Sets a bit for each page of 2^page_lg2 bytes, 12 to 63, that has a page of 4 KiB in [address, address + length) which was written by DMA
+ * that ended before this call: bit 0 of byte 0 for the page that address is in. Sets no bit to 0. What is set in no bit is cleared by none:
+ * a page that lies in the range in part is read in part. Neither range nor bitmap need be aligned to anything. Addresses are
+ * those of the hwpt's space. -EINVAL: length is 0 or wraps; page_lg2; an unknown flag. -EOVERFLOW: the service has lost track, and
+ * everything is dirty; told once. Else as dirtyring_set_synced; what was reported is kept. */
+DIRTYRING_API int dirtyring_log_read(struct dirtyring_log *log, uint64_t address, uint64_t length, uint32_t page_lg2,
+                                     void *bitmap, uint32_t flags);
+
 #ifdef __cplusplus
 }
 #endif

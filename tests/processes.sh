@@ -85,7 +85,7 @@ trace()
 killed()
 {
     [ -z "$repeated" ] || { judged "$@" --speed 10 --bandwidth 300M --downtime-limit 50 --kill-service 100; return; }
-    judged "$@" --speed 2 --bandwidth 60M --downtime-limit 50 --kill-service 100
+    judged "$@" --speed 5 --bandwidth 180M --downtime-limit 50 --kill-service 100
     at_least "$dir/json" service_kills 20
     at_least "$dir/json" runs_while_writing 1001
 }
@@ -233,7 +233,7 @@ ends_with_1()
 # Ctrl-C at different moments: all processes of the run get it, as from a terminal.
 interrupted()
 {
-    local i early=(1 2 3 5 8 12 20 30 45 70) late=(1 2 3 4 5 6 7 8)
+    local i early=(1 3 8 20 60) late=(1 3 7)
     [ -z "$repeated" ] || { early=($((RANDOM % 70))); late=($((RANDOM % 9))); }
     for i in "${early[@]}"; do
         start_migration --ram-dir "$dir"
