@@ -23,12 +23,13 @@ struct DoneOp final : service::ShardOp {
     bool finished = false;
 };
 
-// 2^memory_lg2 bytes of IOVA space from 0, mapped in 4 KiB leaves, tracked. Every GiB of it leads to the same GiB of guest memory, so
+// 2^memory_lg2 bytes of IOVA space from 0, mapped in leaves of 2^leaf_lg2 bytes, tracked. Every GiB of it leads to the same GiB of guest memory, so
 // that a large guest costs its tables only: they are what is measured.
 class BenchHwpt
 {
   public:
-    explicit BenchHwpt(unsigned memory_lg2, std::uint64_t ring_entries = 1 << 16, std::size_t pins = 0)
+    explicit BenchHwpt(unsigned memory_lg2, std::uint64_t ring_entries = 1 << 16, std::size_t pins = 0,
+                       unsigned leaf_lg2 = DR_PAGE_LG2, std::uint64_t min_interval_ns = 0)
         : h_(iommu::make_geometry(DR_FORMAT_AMDV1, memory_lg2, 1, std::max(3u, iommu::levels_needed(memory_lg2)))),
           memory_bytes_(1ull << memory_lg2), pins_(pins)
     {
@@ -57,6 +58,8 @@ class BenchHwpt
         config.generations = translation_.map.as<std::uint64_t>(h_.generations);
         config.producer = producer_.map.as<dr_ring_producer>();
         config.consumer = consumer_region_.map.as<dr_ring_consumer>();
+        config.leaves.leaf_lg2_max = leaf_lg2;
+        config.min_interval_ns = min_interval_ns;
         const auto there = [](ring::Region &region) {
             return
                 [&region](std::uint64_t offset, std::uint64_t length) { return region.make_present(offset, length); };
@@ -96,6 +99,14 @@ class BenchHwpt
         shard_->submit(op);
         while (!op.finished)
             shard_->step(++now_);
+    }
+
+    // One step at this time, and what it published is taken.
+    void step_and_consume(std::uint64_t now_ns)
+    {
+        shard_->step(now_ns);
+        for (auto entries = consumer_->peek(); !entries.empty(); entries = consumer_->peek())
+            (void)consumer_->release(entries.size());
     }
 
     // Steps until a round finds nothing; how many pages the consumer read. min_interval 0: paced by its releases.
