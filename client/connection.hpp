@@ -490,7 +490,7 @@ class Connection
     bool been_in_ = false;
     dr_request introduction_request_{};
     std::uint32_t introduction_size_ = 0;
-    alignas(8) unsigned char introduction_[64];
+    alignas(8) unsigned char introduction_[sizeof(dr_device_attach)];
     const Fd *returned_ = nullptr;
     std::uint64_t features_ = 0;
     int seconds_ = 10;

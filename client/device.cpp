@@ -31,6 +31,12 @@ static_assert(same(FaultReason::stalled, DIRTYRING_FAULT_STALLED));
 static_assert(Engine::pin_bytes_max == DIRTYRING_PIN_MAX);
 static_assert(dirtyring::iommu::Pins::slots_max == DR_DEVICE_PINS_MAX);
 
+constexpr std::uint32_t formats_walked = [] {
+    std::uint32_t mask = 0;
+    dirtyring::iommu::for_each_format([&](auto f) { mask |= DR_FORMAT_BIT(f.id); });
+    return mask;
+}();
+
 const char *meaning(FaultReason reason)
 {
     switch (reason) {
@@ -186,7 +192,10 @@ int dirtyring_device::attach(const char *path, const dirtyring_attach &attach)
     const std::uint32_t threads = attach.threads != 0 ? attach.threads : 1;
     dr_device_attach request{};
     request.hwpt = attach.hwpt;
-    request.flags = attach.cannot_track != 0 ? 0 : DR_DEVICE_CAN_TRACK;
+    request.flags =
+        (attach.cannot_track != 0 ? 0 : DR_DEVICE_CAN_TRACK) | (attach.not_coherent != 0 ? 0 : DR_DEVICE_COHERENT);
+    request.formats = attach.formats != 0 ? attach.formats : formats_walked;
+    std::strcpy(request.name, attach.name != nullptr ? attach.name : "unnamed");
     request.threads = threads;
     request.pins = attach.pins;
     std::memcpy(request.token, attach.token, sizeof request.token);
@@ -293,6 +302,8 @@ int dirtyring_device_attach(const char *socket_path, const dirtyring_attach *att
         if (word != 0)
             return fail(EINVAL, "reserved words of struct dirtyring_attach are not zero");
     }
+    if (attach->name != nullptr && ::strnlen(attach->name, DR_NAME_BYTES) == DR_NAME_BYTES)
+        return fail(EINVAL, "the name of a device has at most %d bytes", DR_NAME_BYTES - 1);
     auto made = make<dirtyring_device>();
     if (!made)
         return -ENOMEM;

@@ -120,7 +120,7 @@ struct dirtyring_hwpt {
     uint32_t space;           /* enum dr_space */
     uint32_t ring_entries;    /* of each ring; 0: 4096 */
     uint32_t min_interval_us; /* pacing, see struct dr_hwpt_alloc */
-    uint32_t untracked;       /* 1: no dirty tracking, and any device may attach */
+    uint32_t untracked;       /* 1: no dirty tracking, no rings; devices may attach that cannot track */
     uint32_t format;          /* enum dr_format of ring/control.h; 0: AMD v1 */
     uint32_t levels;          /* of page tables, see struct dr_hwpt_alloc; 0: as few as will do */
     uint32_t always_on;       /* 1: devices set Dirty from the start, see DR_HWPT_ALWAYS_ON */
@@ -128,12 +128,37 @@ struct dirtyring_hwpt {
     uint32_t split;           /* enum dr_split: what becomes of large leaves while tracking */
     uint32_t collapse;        /* 1: they are made large again by dirtyring_disable(), in the background */
     uint32_t bbml;            /* of SMMUv3 formats, see struct dr_hwpt_alloc */
-    uint32_t reserved[2];     /* zero */
+    uint32_t optional;        /* 1: tracked, and devices that cannot may attach meanwhile, see DR_HWPT_DIRTY_OPTIONAL */
+    uint32_t reserved;        /* zero */
 };
 
 DIRTYRING_API int dirtyring_ioas_alloc(struct dirtyring_vm *vm, uint32_t *ioas);
 DIRTYRING_API int dirtyring_hwpt_alloc(struct dirtyring_vm *vm, uint32_t ioas, const struct dirtyring_hwpt *attr,
                                        uint32_t *hwpt);
+
+/* A device that is attached to the guest. */
+struct dirtyring_device_info {
+    uint32_t id;
+    uint32_t hwpt;
+    int32_t pid;      /* its process, as the service sees it */
+    uint32_t flags;   /* DR_DEVICE_* of ring/control.h */
+    uint32_t formats; /* a mask of DR_FORMAT_BIT of those that it walks */
+    char name[32];    /* as it has called itself */
+};
+
+/* The device with the smallest id above `above`: 0 begins. -ENOENT: there is no more. */
+DIRTYRING_API int dirtyring_device_info(struct dirtyring_vm *vm, uint32_t above, struct dirtyring_device_info *out);
+
+struct dirtyring_hwpt_status {
+    uint32_t format;     /* enum dr_format */
+    uint32_t supported;  /* 1: it has rings, and all its devices can track it */
+    uint32_t enabled;    /* 1: from the beginning of dirtyring_enable() to the end of dirtyring_disable() */
+    uint32_t devices;    /* attached */
+    uint32_t in_the_way; /* the smallest id of a device that cannot track it; 0: there is none */
+};
+
+/* -ENOENT: there is no such hwpt. */
+DIRTYRING_API int dirtyring_hwpt_status(struct dirtyring_vm *vm, uint32_t hwpt, struct dirtyring_hwpt_status *out);
 
 /* Frees an ioas or an hwpt. -EBUSY: an hwpt needs the ioas, or a device the hwpt. */
 DIRTYRING_API int dirtyring_destroy(struct dirtyring_vm *vm, uint32_t object);
@@ -172,7 +197,8 @@ DIRTYRING_API int dirtyring_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64
                                   uint32_t harvest, struct dirtyring_unmapped *result);
 /* On return of enable every DMA that begins is tracked; on return of disable none is. Both wait for syncs that were asked for before,
  * which wait for room in the rings, after a restart of the service perhaps once more for one whose markers have been released. So let
- * another thread release entries meanwhile. */
+ * another thread release entries meanwhile. -ENODEV of enable: a device is attached that cannot be tracked, which
+ * dirtyring_hwpt_status() names; nothing was changed. */
 DIRTYRING_API int dirtyring_enable(struct dirtyring_vm *vm, uint32_t hwpt);
 DIRTYRING_API int dirtyring_disable(struct dirtyring_vm *vm, uint32_t hwpt);
 

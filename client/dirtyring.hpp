@@ -134,6 +134,23 @@ class Guest
             return detail::failure(rc);
         return hwpt;
     }
+    // The device with the smallest id above `above`; ENOENT: there is no more.
+    Result<struct dirtyring_device_info> device_info(std::uint32_t above)
+    {
+        struct dirtyring_device_info told {
+        };
+        if (const int rc = dirtyring_device_info(vm_.get(), above, &told); rc < 0)
+            return detail::failure(rc);
+        return told;
+    }
+    Result<struct dirtyring_hwpt_status> hwpt_status(std::uint32_t hwpt)
+    {
+        struct dirtyring_hwpt_status told {
+        };
+        if (const int rc = dirtyring_hwpt_status(vm_.get(), hwpt, &told); rc < 0)
+            return detail::failure(rc);
+        return told;
+    }
     Result<void> map(std::uint32_t ioas, std::uint64_t iova, std::uint64_t length, std::uint64_t oa,
                      std::uint32_t flags)
     {

@@ -27,9 +27,12 @@ struct dirtyring_attach {
     const uint8_t *token; /* 16 bytes, of dirtyring_token */
     uint32_t hwpt;
     uint32_t threads;      /* DMA threads; 0: 1; at most 64 */
-    uint32_t cannot_track; /* 1: an IOMMU without Dirty bits; an hwpt that tracks refuses it */
+    uint32_t cannot_track; /* 1: an IOMMU without Dirty bits; what requires tracking, or is enabled, refuses it */
     uint32_t pins;         /* DMA in flight at once, of each thread; threads * pins at most 4096; 0: none */
-    uint32_t reserved[3];  /* zero */
+    uint32_t formats;      /* that its IOMMU walks: DR_FORMAT_BIT of each (ring/control.h); 0: all of the library's */
+    uint32_t not_coherent; /* 1: an IOMMU whose walks are not coherent: in VT-d tables it cannot track */
+    uint32_t reserved[2];  /* zero */
+    const char *name;      /* for messages: 1 to 31 printable characters of ASCII; NULL: "unnamed" */
 };
 
 /* Connects, attaches to the hwpt, and maps the guest's memory and the tables. On return every walker knows the device's

@@ -2,6 +2,9 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
+
+static_assert(sizeof(((struct dirtyring_device_info *)nullptr)->name) == DR_NAME_BYTES);
 
 namespace dirtyring::client {
 
@@ -219,15 +222,19 @@ int dirtyring_ioas_alloc(dirtyring_vm *vm, uint32_t *ioas)
 
 int dirtyring_hwpt_alloc(dirtyring_vm *vm, uint32_t ioas, const dirtyring_hwpt *attr, uint32_t *hwpt)
 {
-    if (!all_zero(attr->reserved))
-        return fail(EINVAL, "reserved words of struct dirtyring_hwpt are not zero");
+    if (attr->reserved != 0)
+        return fail(EINVAL, "the reserved word of struct dirtyring_hwpt is not zero");
+    if (attr->untracked != 0 && attr->optional != 0)
+        return fail(EINVAL, "an hwpt that is untracked and optional at once");
     if (attr->space == DR_SPACE_OA && (vm->connection->features() & DR_FEATURE_OA_SPACE) == 0)
         return fail(EOPNOTSUPP, "the service has no rings of guest-physical addresses");
     const auto or_default = [](uint32_t value, uint32_t otherwise) { return value != 0 ? value : otherwise; };
     dr_hwpt_alloc request{};
     request.ioas = ioas;
     request.format = or_default(attr->format, DR_FORMAT_AMDV1);
-    request.flags = (attr->untracked != 0 ? 0 : DR_HWPT_DIRTY_TRACKING) |
+    request.flags = (attr->untracked != 0  ? 0
+                     : attr->optional != 0 ? DR_HWPT_DIRTY_OPTIONAL
+                                           : DR_HWPT_DIRTY_TRACKING) |
                     (attr->always_on != 0 ? DR_HWPT_ALWAYS_ON : 0) | (attr->all_sizes != 0 ? DR_HWPT_ALL_SIZES : 0) |
                     (attr->collapse != 0 ? DR_HWPT_COLLAPSE : 0);
     request.split = attr->split;
@@ -243,6 +250,30 @@ int dirtyring_hwpt_alloc(dirtyring_vm *vm, uint32_t ioas, const dirtyring_hwpt *
     if (const int error = vm->connection->call(DR_HWPT_ALLOC, request, reply); error != 0)
         return error;
     *hwpt = reply.id;
+    return 0;
+}
+
+int dirtyring_device_info(dirtyring_vm *vm, uint32_t above, struct dirtyring_device_info *out)
+{
+    dr_object request{};
+    request.id = above;
+    dr_device_info reply{};
+    if (const int error = vm->connection->call(DR_DEVICE_INFO, request, reply); error != 0)
+        return error;
+    *out = {reply.id, reply.hwpt, reply.pid, reply.flags, reply.formats, {}};
+    std::memcpy(out->name, reply.name, sizeof out->name - 1); // whatever the service says, it ends
+    return 0;
+}
+
+int dirtyring_hwpt_status(dirtyring_vm *vm, uint32_t hwpt, struct dirtyring_hwpt_status *out)
+{
+    dr_object request{};
+    request.id = hwpt;
+    dr_hwpt_status reply{};
+    if (const int error = vm->connection->call(DR_HWPT_STATUS, request, reply); error != 0)
+        return error;
+    *out = {reply.format, (reply.flags & DR_TRACKING_SUPPORTED) != 0, (reply.flags & DR_TRACKING_ENABLED) != 0,
+            reply.devices, reply.in_the_way};
     return 0;
 }
 

@@ -71,6 +71,8 @@ enum dr_request {
                                                             doorbell eventfd of each shard, memory of each region */
     DR_DEVICE_DETACH = 9, /* device:    dr_empty          → dr_empty */
     DR_GUEST_DESTROY = 10, /* front-end: dr_empty         → dr_empty; frees the guest, lingering or not */
+    DR_DEVICE_INFO = 11,   /* front-end: dr_object        → dr_device_info */
+    DR_HWPT_STATUS = 12,   /* front-end: dr_object        → dr_hwpt_status */
 };
 
 struct dr_message_header {
@@ -133,7 +135,9 @@ struct dr_memory_region {
 /* IOAS_ALLOC: ENOSPC: too many objects. */
 struct dr_object {
     uint32_t size;
-    uint32_t id; /* DESTROY: ENOENT: no such object; EBUSY: an ioas with an hwpt, an hwpt with a device */
+    uint32_t id; /* DESTROY: ENOENT: no such object; EBUSY: an ioas with an hwpt, an hwpt with a device.
+                    DEVICE_INFO: of the device with the smallest id above this one; ENOENT: there is no more.
+                    HWPT_STATUS: ENOENT: no such hwpt */
 };
 
 enum dr_format {
@@ -152,6 +156,11 @@ enum dr_format {
     (1u << 2) /* leaves of every power of two that the format has, not only of what an entry spans: AMD v1 */
 #define DR_HWPT_COLLAPSE (1u << 3) /* DISABLE makes leaves as large again as they can be, in the background */
 
+/* Instead of DR_HWPT_DIRTY_TRACKING: it has rings, and devices that cannot set Dirty bits may attach while nothing is reported.
+ * ENABLE is refused as long as one is attached, and such a device from the beginning of an ENABLE to the completion of DISABLE.
+ * Not where devices set Dirty from the start. */
+#define DR_HWPT_DIRTY_OPTIONAL (1u << 4)
+
 /* What becomes of leaves larger than 4 KiB while dirt is reported. In the background; what is mapped may be written meanwhile. */
 enum dr_split {
     DR_SPLIT_NONE = 0,  /* they stay */
@@ -159,8 +168,9 @@ enum dr_split {
     DR_SPLIT_LAZY = 2,  /* one that was reported is split */
 };
 
-/* ENOENT: no such ioas. EOPNOTSUPP: format; space is DR_SPACE_OA without DR_FEATURE_OA_SPACE. EINVAL: any other field out of its range. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps
- * (an hwpt comes before the maps of its ioas). */
+/* ENOENT: no such ioas. EOPNOTSUPP: format; space is DR_SPACE_OA without DR_FEATURE_OA_SPACE. EINVAL: any other field out of its range;
+ * flags that exclude each other. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps (an hwpt comes before the maps of its
+ * ioas). */
 struct dr_hwpt_alloc {
     uint32_t size;
     uint32_t ioas;
@@ -197,23 +207,32 @@ struct dr_ring {
     uint32_t shards; /* of the hwpt, each with a ring */
 };
 
-#define DR_DEVICE_CAN_TRACK (1u << 0) /* its IOMMU sets Dirty bits */
+/* What a device's IOMMU can do, as IOMMU_GET_HW_INFO tells it: flags, and a mask of the formats that it walks, in which
+ * DR_FORMAT_BIT(format) stands for a format. It can track an hwpt if it sets Dirty bits, and in VT-d tables only if its walks
+ * are coherent besides. */
+#define DR_DEVICE_CAN_TRACK (1u << 0) /* it sets Dirty bits */
+#define DR_DEVICE_COHERENT (1u << 1)  /* its walks snoop the processors' caches */
+#define DR_FORMAT_BIT(format) (1u << (format))
+#define DR_NAME_BYTES 32
 
 /* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; threads * pins is
- * over DR_DEVICE_PINS_MAX; key is 0; the hwpt requires dirty tracking and the device lacks DR_DEVICE_CAN_TRACK (as iommufd's
- * attach). EBUSY: this connection has a device, or another process has the device of this key. ENOSPC: too many devices.
- * ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the device did not offer DR_FEATURE_SUMMARY: where it left a leaf
- * dirty, another would not summarize it. */
+ * over DR_DEVICE_PINS_MAX; key is 0; an unknown flag; no format; a name that is empty, has no NUL, or anything but printable
+ * ASCII before it or zeroes behind it; the device does not walk the hwpt's format; it cannot track the hwpt, which requires
+ * dirty tracking or is enabled (as iommufd's attach). EBUSY: this connection has a device, or another process has the device of
+ * this key. ENOSPC: too many devices. ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the hwpt has rings and the device
+ * did not offer DR_FEATURE_SUMMARY: where it left a leaf dirty, another would not summarize it. */
 struct dr_device_attach {
     uint32_t size;
     uint32_t hwpt;
     uint32_t flags;   /* DR_DEVICE_* */
     uint32_t threads; /* DMA threads, each with a cell */
     uint8_t token[DR_TOKEN_BYTES];
-    uint32_t pins;     /* slots of each thread, for DMA in flight without a section; may be 0 */
-    uint32_t reserved; /* zero */
+    uint32_t pins; /* slots of each thread, for DMA in flight without a section; may be 0 */
+    uint32_t
+        formats; /* DR_FORMAT_BIT of each that it walks; bits of formats that the service does not know mean nothing */
     /* Random, of the device's choice: attaching again with it, after the connection broke, changes nothing. */
     uint64_t key;
+    char name[DR_NAME_BYTES]; /* for messages that name it; NUL-terminated, zeroes behind */
 };
 
 struct dr_device_region {
@@ -229,6 +248,28 @@ struct dr_device {
     uint32_t shards;  /* doorbells */
     uint32_t regions; /* used below */
     struct dr_device_region region[DR_GUEST_REGIONS_MAX];
+};
+
+/* A device that is attached, as it has declared itself. */
+struct dr_device_info {
+    uint32_t size;
+    uint32_t id;
+    uint32_t hwpt;
+    int32_t pid;      /* its process, as the service sees it */
+    uint32_t flags;   /* DR_DEVICE_* */
+    uint32_t formats; /* DR_FORMAT_BIT of each that it walks */
+    char name[DR_NAME_BYTES];
+};
+
+#define DR_TRACKING_SUPPORTED (1u << 0) /* it has rings, and all its devices can track it */
+#define DR_TRACKING_ENABLED (1u << 1)   /* from the beginning of an ENABLE to the completion of a DISABLE */
+
+struct dr_hwpt_status {
+    uint32_t size;
+    uint32_t format;     /* enum dr_format */
+    uint32_t flags;      /* DR_TRACKING_* */
+    uint32_t devices;    /* attached */
+    uint32_t in_the_way; /* the smallest id of a device that cannot track it; 0: there is none */
 };
 
 #define DR_SENTENCE_BYTES 244
@@ -249,7 +290,9 @@ DR_STATIC_ASSERT(sizeof(struct dr_ring) == 8, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_guest) == 28, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_memory_region) == 32, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_hwpt_alloc) == 52, "ABI");
-DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 48, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_device_attach) == 80, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_device_info) == 56, "ABI");
+DR_STATIC_ASSERT(sizeof(struct dr_hwpt_status) == 20, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_device) == 16 + 24 * DR_GUEST_REGIONS_MAX, "ABI");
 DR_STATIC_ASSERT(sizeof(struct dr_refusal) == 252, "ABI");
 DR_STATIC_ASSERT(3 + DR_SHARDS_MAX + DR_GUEST_REGIONS_MAX <= DR_MESSAGE_FDS_MAX, "an attach reply fits in one message");

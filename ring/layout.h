@@ -248,7 +248,9 @@ enum dr_command_flags {
  *           split, collapse: what was done stays so
  *   EAGAIN  unmap: the ring is full; `done` bytes from iova are unmapped: release entries, then ask for the rest
  *   EALREADY enable/disable: it is so already            EOPNOTSUPP enable, disable, sync: no dirty tracking
- *   ECANCELED the object was destroyed meanwhile            EIO     a restart of the service has lost track of it */
+ *   ECANCELED the object was destroyed meanwhile            EIO     a restart of the service has lost track of it
+ *   ENODEV  enable: a device is attached that cannot set Dirty bits there (DR_HWPT_STATUS names it); nothing was changed. As the
+ *           IOMMU core's attach: it is this device's matter, where EOPNOTSUPP is the hwpt's */
 struct dr_command {
     uint64_t user_data; /* comes back in the completion */
     uint32_t opcode;    /* enum dr_opcode */

@@ -152,6 +152,35 @@ void Commands::remove_hwpt(std::uint32_t id)
     hwpts_.erase(it);
 }
 
+bool Commands::admit(std::uint32_t hwpt, std::uint32_t device)
+{
+    HwptRoute &route = hwpts_.at(hwpt);
+    if (enabled(hwpt, route))
+        return false;
+    route.in_the_way.insert(device);
+    return true;
+}
+
+void Commands::withdraw(std::uint32_t hwpt, std::uint32_t device)
+{
+    if (const auto it = hwpts_.find(hwpt); it != hwpts_.end())
+        it->second.in_the_way.erase(device);
+}
+
+Tracking Commands::tracking(std::uint32_t hwpt) const
+{
+    const HwptRoute &route = hwpts_.at(hwpt);
+    return {enabled(hwpt, route), route.in_the_way.empty() ? 0 : *route.in_the_way.begin()};
+}
+
+// A DISABLE that is on its way has not ended it yet.
+bool Commands::enabled(std::uint32_t hwpt, const HwptRoute &route) const
+{
+    return route.record->enabled != 0 || std::any_of(slots_.begin(), slots_.end(), [&](const auto &c) {
+               return c->in_flight && c->request().object == hwpt && goes_alone(c->request().opcode);
+           });
+}
+
 // ---- checks ------------------------------------------------------------------------------------------------------------
 
 int Commands::start(CommandRecord &record)
@@ -286,6 +315,8 @@ int Commands::start_on_hwpt(CommandRecord &record)
         return -EINPROGRESS;
     if (request.opcode != DR_OP_SYNC && (route.record->enabled != 0) == (request.opcode == DR_OP_ENABLE))
         return -EALREADY;
+    if (request.opcode == DR_OP_ENABLE && !route.in_the_way.empty())
+        return -ENODEV;
     send_on_hwpt(begin(record, 0, 0), route);
     return 0;
 }

@@ -8,7 +8,7 @@
 //
 // How far each command has come is in the journal, so that a worker that takes over after a restart loses none and does none twice:
 //
-//   Commands(config with restarted) → add_memory, add_ioas, add_hwpt, restore_extents, in this order → restored() → adopt
+//   Commands(config with restarted) → add_memory, add_ioas, add_hwpt, restore_extents, admit, in this order → restored() → adopt
 #pragma once
 
 #include "iommu/extent_map.hpp"
@@ -25,6 +25,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <vector>
 
@@ -46,7 +47,14 @@ struct HwptRoute {
     bool tracks;              // dirty tracking was asked for
     bool epochs;              // its rings are in IOVA space
     std::vector<Placed> shards;
-    HwptRecord *record; // outlives the worker
+    HwptRecord *record;                      // outlives the worker
+    std::set<std::uint32_t> in_the_way = {}; // devices that cannot be tracked in it
+};
+
+// How an hwpt stands.
+struct Tracking {
+    bool enabled;             // from the beginning of an ENABLE to the completion of a DISABLE
+    std::uint32_t in_the_way; // the smallest id; 0: there is none
 };
 
 class Commands
@@ -85,6 +93,12 @@ class Commands
     void add_hwpt(std::uint32_t id, HwptRoute route);
     // Sends no more parts to its shards; those in flight come back.
     void remove_hwpt(std::uint32_t id);
+
+    // A device that cannot be tracked in the hwpt is about to attach: no ENABLE from here on, until it is withdrawn. False: it is
+    // enabled, and the device must stay out.
+    [[nodiscard]] bool admit(std::uint32_t hwpt, std::uint32_t device);
+    void withdraw(std::uint32_t hwpt, std::uint32_t device); // which may be gone by now
+    [[nodiscard]] Tracking tracking(std::uint32_t hwpt) const;
 
     // After a restart, when the ioas has its hwpt and while no shard of it has a walker yet: what the records of its slices say is
     // mapped. From any thread, as long as nothing else is called.
@@ -137,6 +151,7 @@ class Commands
     HwptRoute *route_of(std::uint32_t ioas);
     [[nodiscard]] bool meets_one_waiting(const dr_command &request, std::size_t waiting) const;
     [[nodiscard]] bool meets_one_in_flight(const dr_command &request, std::uint64_t end) const;
+    [[nodiscard]] bool enabled(std::uint32_t hwpt, const HwptRoute &route) const;
 
     // The command is recorded as begun: only now may parts of it be sent.
     Command &begin(CommandRecord &record, std::uint64_t end, std::uint64_t epoch);

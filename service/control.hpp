@@ -137,6 +137,8 @@ class Control
     void hwpt_alloc(Connection &c);
     void ring_get(Connection &c);
     void destroy(Connection &c);
+    void device_info(Connection &c);
+    void hwpt_status(Connection &c);
     void destroy_hwpt(const std::shared_ptr<Guest> &guest, std::uint32_t hwpt, Then then);
     HwptPlan plan(const Guest &guest, std::uint32_t id, const dr_hwpt_alloc &request);
 
@@ -170,13 +172,17 @@ class Control
 
     // ---- devices (devices.cpp) ----
     void device_attach(Connection &c);
+    void admit_or_attach(Connection &c, const dr_device_attach &request, std::uint32_t admitted);
+    void admit(Connection &c, const std::shared_ptr<Guest> &guest, const dr_device_attach &request,
+               std::uint32_t device);
+    void withdraw(const std::shared_ptr<Guest> &guest, std::uint32_t hwpt, std::uint32_t device, Then then);
     void attach_again(Connection &c, const std::shared_ptr<Guest> &guest, const Device &device,
                       const dr_device_attach &request, const Process &process);
-    void attach(Connection &c, const std::shared_ptr<Guest> &guest, const dr_device_attach &request, Process process);
+    void attach(Connection &c, const std::shared_ptr<Guest> &guest, const DeviceSlot &filled, Process process);
     void device_detach(Connection &c);
     void on_device_gone(const std::shared_ptr<Guest> &guest, const std::shared_ptr<Device> &device);
     void on_reported(const Token &token, std::uint32_t device);
-    void release(Guest &guest, std::uint32_t device);
+    void release(const std::shared_ptr<Guest> &guest, std::uint32_t device, Then then);
 
     // ---- who holds a guest up (stalls.cpp) ----
     void on_stalled(const Token &token, std::uint32_t hwpt, unsigned shard, const dr_cell *cell);

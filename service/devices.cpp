@@ -44,23 +44,33 @@ Result<Answer> answer_for(const Guest &guest, const Hwpt &hwpt, const Device &de
     return answer;
 }
 
-Result<void> check(const dr_device_attach &request, const Hwpt &hwpt, std::uint64_t features)
+Result<void> check(const dr_device_attach &request)
 {
-    if (request.threads == 0 || request.threads > DR_DEVICE_THREADS_MAX ||
-        (request.flags & ~DR_DEVICE_CAN_TRACK) != 0 || request.reserved != 0 || request.key == 0)
-        return refusal(EINVAL,
-                       fmt::format("threads is {} (expected 1 to {}), flags {:#x} (known {:#x}), reserved {} (expected "
-                                   "0), key {:#x} (expected a random number, not 0)",
-                                   request.threads, DR_DEVICE_THREADS_MAX, request.flags, DR_DEVICE_CAN_TRACK,
-                                   request.reserved, request.key));
+    if (request.threads == 0 || request.threads > DR_DEVICE_THREADS_MAX || request.key == 0)
+        return refusal(EINVAL, fmt::format("threads is {} (expected 1 to {}), key {:#x} (expected a random number, "
+                                           "not 0)",
+                                           request.threads, DR_DEVICE_THREADS_MAX, request.key));
     if (request.pins > DR_DEVICE_PINS_MAX / request.threads)
         return refusal(EINVAL, fmt::format("{} threads with {} pins each, expected at most {} pins in all",
                                            request.threads, request.pins, DR_DEVICE_PINS_MAX));
-    if (hwpt.tracks && (request.flags & DR_DEVICE_CAN_TRACK) == 0)
-        return refusal(
-            EINVAL, fmt::format("the device cannot set Dirty bits, and hwpt {} requires dirty tracking", request.hwpt));
+    return {};
+}
+
+// Does the device suit the hwpt?
+Result<void> check(const Capabilities &can, const Hwpt &hwpt, std::uint64_t features)
+{
+    const std::uint32_t format = hwpt.geometry.format;
+    if (!can.walks(format))
+        return refusal(EINVAL,
+                       fmt::format("device \"{}\" walks {}; hwpt {} is in {}", can.name, format_names(can.formats),
+                                   hwpt.slot->id, format_names(DR_FORMAT_BIT(format))));
+    if (hwpt.required && !can.tracks(format))
+        return refusal(EINVAL, fmt::format("device \"{}\" {}; hwpt {} requires dirty tracking", can.name,
+                                           can.why_not(format), hwpt.slot->id));
     if (hwpt.tracks && (features & DR_FEATURE_SUMMARY) == 0)
-        return refusal(EOPNOTSUPP, "the device did not offer the summary feature, which dirty tracking needs");
+        return refusal(EOPNOTSUPP, fmt::format("device \"{}\" did not offer the summary feature, which the rings of "
+                                               "hwpt {} need",
+                                               can.name, hwpt.slot->id));
     return {};
 }
 
@@ -69,8 +79,13 @@ Result<void> check(const dr_device_attach &request, const Hwpt &hwpt, std::uint6
 void Control::device_attach(Connection &c)
 {
     dr_device_attach request{};
-    if (!read(c, request))
-        return;
+    if (read(c, request))
+        admit_or_attach(c, request, 0);
+}
+
+// `admitted`: the id under which the home walker has let the device in, though it cannot be tracked; 0: not asked yet.
+void Control::admit_or_attach(Connection &c, const dr_device_attach &request, std::uint32_t admitted)
+{
     const auto found = guests_.find(std::to_array(request.token));
     if (found == guests_.end())
         return refuse(c.id, {EACCES, "no guest has this token"});
@@ -78,7 +93,8 @@ void Control::device_attach(Connection &c)
     const auto hwpt = guest->hwpts.find(request.hwpt);
     if (hwpt == guest->hwpts.end())
         return refuse(c.id, {ENOENT, fmt::format("there is no hwpt {}", request.hwpt)});
-    if (refused(c.id, check(request, *hwpt->second, c.features)))
+    const auto can = Capabilities::of(request);
+    if (refused(c.id, check(request)) || refused(c.id, can) || refused(c.id, check(*can, *hwpt->second, c.features)))
         return;
     auto process = peer_process(c.socket.get());
     if (refused(c.id, process))
@@ -86,9 +102,36 @@ void Control::device_attach(Connection &c)
     const auto before = std::find_if(guest->devices.begin(), guest->devices.end(),
                                      [&](const auto &d) { return d.second->slot->key == request.key; });
     if (before != guest->devices.end())
-        attach_again(c, guest, *before->second, request, *process);
-    else
-        attach(c, guest, request, std::move(*process));
+        return attach_again(c, guest, *before->second, request, *process);
+    const std::uint32_t id = admitted != 0 ? admitted : guest->record->new_id();
+    if (admitted == 0 && !can->tracks(hwpt->second->geometry.format))
+        return admit(c, guest, request, id);
+    attach(c, guest, {slot_free, id, request.hwpt, process->pid, request.threads, request.pins, 0, request.key, *can},
+           std::move(*process));
+}
+
+// An ENABLE may be on its way, so the home walker decides; and before the device has its slot, as a restart that finds one asks nobody.
+// Meanwhile anything may happen to the guest, so all is looked at again.
+void Control::admit(Connection &c, const std::shared_ptr<Guest> &guest, const dr_device_attach &request,
+                    std::uint32_t device)
+{
+    const auto in = std::make_shared<bool>(false);
+    ask({{guest->home, [guest, in, hwpt = request.hwpt, device] { *in = guest->commands->admit(hwpt, device); }}},
+        [this, id = c.id, guest, request, device, in] {
+            if (!*in)
+                return refuse(id, {EINVAL, fmt::format("device \"{}\" cannot set Dirty bits in hwpt {}, which is "
+                                                       "enabled",
+                                                       request.name, request.hwpt)});
+            if (Connection *still = find(id))
+                admit_or_attach(*still, request, device);
+            if (guest->devices.count(device) == 0) // it has come to nothing
+                withdraw(guest, request.hwpt, device, [] {});
+        });
+}
+
+void Control::withdraw(const std::shared_ptr<Guest> &guest, std::uint32_t hwpt, std::uint32_t device, Then then)
+{
+    ask({{guest->home, [guest, hwpt, device] { guest->commands->withdraw(hwpt, device); }}}, std::move(then));
 }
 
 // The device has lost its connection, or its reply.
@@ -99,10 +142,13 @@ void Control::attach_again(Connection &c, const std::shared_ptr<Guest> &guest, c
     // A process of this number may be another one by now.
     if (slot.pid != process.pid || device.leaving || has_ended(device.pidfd))
         return refuse(c.id, {EBUSY, fmt::format("process {} has device {} of this key", slot.pid, slot.id)});
-    if (slot.hwpt != request.hwpt || slot.threads != request.threads || slot.pins != request.pins)
-        return refuse(c.id, {EINVAL, fmt::format("device {} of this key is attached to hwpt {} with {} threads of {} "
-                                                 "pins",
-                                                 slot.id, slot.hwpt, slot.threads, slot.pins)});
+    if (slot.hwpt != request.hwpt || slot.threads != request.threads || slot.pins != request.pins ||
+        Capabilities::of(request) != slot.can)
+        return refuse(c.id,
+                      {EINVAL, fmt::format("device {} of this key, \"{}\", is attached to hwpt {} with {} threads "
+                                           "of {} pins, flags {:#x}, formats {:#x}",
+                                           slot.id, slot.can.name, slot.hwpt, slot.threads, slot.pins, slot.can.flags,
+                                           slot.can.formats)});
     auto answer = answer_for(*guest, *guest->hwpts.at(slot.hwpt), device);
     if (refused(c.id, answer))
         return;
@@ -118,15 +164,13 @@ void Control::attach_again(Connection &c, const std::shared_ptr<Guest> &guest, c
     spdlog::info("connection {}: device {} of process {} is back", c.id, slot.id, slot.pid);
 }
 
-void Control::attach(Connection &c, const std::shared_ptr<Guest> &guest, const dr_device_attach &request,
-                     Process process)
+void Control::attach(Connection &c, const std::shared_ptr<Guest> &guest, const DeviceSlot &filled, Process process)
 {
     DeviceSlot *slot = free_slot(guest->record->devices);
     if (slot == nullptr)
         return refuse(c.id, {ENOSPC, fmt::format("a guest has at most {} devices", devices_max)});
-    *slot = {slot_free,  guest->record->new_id(), request.hwpt, process.pid, request.threads, request.pins, 0,
-             request.key};
-    Hwpt &hwpt = *guest->hwpts.at(request.hwpt);
+    *slot = filled;
+    Hwpt &hwpt = *guest->hwpts.at(slot->hwpt);
     Holdings holdings(store_, Holdings::Way::in);
     if (refused(c.id, holdings.put(kept_name('Q', guest->number(), slot->id), process.pidfd.get())))
         return;
@@ -154,7 +198,8 @@ void Control::attach(Connection &c, const std::shared_ptr<Guest> &guest, const d
     ask(std::move(works), [this, id = c.id, out = std::make_shared<Answer>(std::move(*answer))] {
         reply(id, out->payload, std::move(out->fds));
     });
-    spdlog::info("connection {}: device {} of process {} attached to hwpt {}", c.id, slot->id, slot->pid, slot->hwpt);
+    spdlog::info("connection {}: device {} ({}) of process {} attached to hwpt {}", c.id, slot->id, slot->can.name,
+                 slot->pid, slot->hwpt);
 }
 
 void Control::device_detach(Connection &c)
@@ -183,10 +228,8 @@ void Control::device_detach(Connection &c)
     std::vector<Work> works;
     for (const ShardHome &s : guest->hwpts.at(device->slot->hwpt)->shards)
         works.emplace_back(s.owner, [shard = s.shard.get(), device] { shard->remove(device->threads); });
-    ask(std::move(works), [this, id = c.id, guest, device = c.device] {
-        release(*guest, device);
-        reply(id, dr_empty{});
-    });
+    ask(std::move(works),
+        [this, id = c.id, guest, device = c.device] { release(guest, device, [this, id] { reply(id, dr_empty{}); }); });
     spdlog::info("connection {}: device {} detached", c.id, c.device);
 }
 
@@ -254,21 +297,24 @@ void Control::on_reported(const Token &token, std::uint32_t id)
 {
     const auto guest = guests_.find(token);
     if (guest != guests_.end() && --guest->second->devices.at(id)->unreported == 0)
-        release(*guest->second, id);
+        release(guest->second, id, [] {});
 }
 
 // No owner knows the device's cells any more.
-void Control::release(Guest &guest, std::uint32_t id)
+void Control::release(const std::shared_ptr<Guest> &guest, std::uint32_t id, Then then)
 {
-    const std::shared_ptr<Device> device = std::move(guest.devices.at(id));
-    guest.devices.erase(id);
-    if (const auto hwpt = guest.hwpts.find(device->slot->hwpt); hwpt != guest.hwpts.end())
-        --hwpt->second->devices;
-    unwatch_if([&](const Watched &w) { return w.guest == guest.token() && w.device == id; });
-    end_stalls(guest, [id](const Stall &s) { return s.device == id; });
+    const std::shared_ptr<Device> device = std::move(guest->devices.at(id));
+    guest->devices.erase(id);
+    const std::uint32_t hwpt = device->slot->hwpt;
+    if (const auto found = guest->hwpts.find(hwpt); found != guest->hwpts.end())
+        --found->second->devices;
+    unwatch_if([&](const Watched &w) { return w.guest == guest->token() && w.device == id; });
+    end_stalls(*guest, [id](const Stall &s) { return s.device == id; });
     free_slot_again(*device->slot);
     point(Point::object_forgotten);
     forget(store_, device->names);
+    // Last: as long as there is a slot, a restart would find it in the way of an ENABLE that had begun.
+    withdraw(guest, hwpt, id, std::move(then));
 }
 
 } // namespace dirtyring::service

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "ring/control.h"
+#include "service/capabilities.hpp"
 #include "service/command_journal.hpp"
 
 #include <algorithm>
@@ -63,6 +64,7 @@ struct DeviceSlot {
     std::uint32_t pins; // of each thread
     std::uint32_t reserved;
     std::uint64_t key;
+    Capabilities can;
 };
 
 struct GuestRecord {
@@ -113,7 +115,7 @@ struct GuestRecord {
     }
 };
 
-static_assert(sizeof(MemorySlot) == 40 && sizeof(IoasSlot) == 16 && sizeof(HwptSlot) == 88 && sizeof(DeviceSlot) == 40,
+static_assert(sizeof(MemorySlot) == 40 && sizeof(IoasSlot) == 16 && sizeof(HwptSlot) == 88 && sizeof(DeviceSlot) == 80,
               "a later worker reads them");
 static_assert(offsetof(GuestRecord, memory) == 104, "a later worker reads it");
 

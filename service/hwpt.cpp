@@ -24,14 +24,6 @@ constexpr std::uint64_t translation_present_max = 16ull << 20;
 static_assert(iommu::AmdV1::id == DR_FORMAT_AMDV1 && iommu::VtdSs::id == DR_FORMAT_VTDSS);
 static_assert(iommu::SmmuV3S2::id == DR_FORMAT_SMMUV3_S2 && iommu::SmmuV3S1::id == DR_FORMAT_SMMUV3_S1);
 
-std::string known_formats()
-{
-    std::string names;
-    iommu::for_each_format(
-        [&](auto f) { names += fmt::format("{}{} ({})", names.empty() ? "" : ", ", f.name, unsigned{f.id}); });
-    return names;
-}
-
 // The levels of an hwpt, given the format's range; 0: none will do.
 unsigned levels_of(const dr_hwpt_alloc &r, unsigned min, unsigned max)
 {
@@ -49,6 +41,30 @@ unsigned levels_of(const dr_hwpt_alloc &r)
 bool breaks(std::uint32_t format)
 {
     return iommu::with_format(format, [](auto f) { return f.nt != 0; });
+}
+
+// Of a format that is known.
+Result<void> check_flags(const dr_hwpt_alloc &r)
+{
+    constexpr std::uint32_t known =
+        DR_HWPT_DIRTY_TRACKING | DR_HWPT_ALWAYS_ON | DR_HWPT_ALL_SIZES | DR_HWPT_COLLAPSE | DR_HWPT_DIRTY_OPTIONAL;
+    if ((r.flags & ~known) != 0)
+        return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: only {:#x} are known", r.flags, known));
+    const bool required = (r.flags & DR_HWPT_DIRTY_TRACKING) != 0;
+    const bool optional = (r.flags & DR_HWPT_DIRTY_OPTIONAL) != 0;
+    if ((r.flags & DR_HWPT_ALWAYS_ON) != 0 && !required)
+        return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: DR_HWPT_ALWAYS_ON ({:#x}) without "
+                                           "DR_HWPT_DIRTY_TRACKING ({:#x})",
+                                           r.flags, DR_HWPT_ALWAYS_ON, DR_HWPT_DIRTY_TRACKING));
+    if (optional && required)
+        return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: expected one of DR_HWPT_DIRTY_TRACKING ({:#x}) "
+                                           "and DR_HWPT_DIRTY_OPTIONAL ({:#x})",
+                                           r.flags, DR_HWPT_DIRTY_TRACKING, DR_HWPT_DIRTY_OPTIONAL));
+    if (optional && iommu::with_format(r.format, [](auto f) { return f.always_on; }))
+        return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: DR_HWPT_DIRTY_OPTIONAL ({:#x}) in {}, where "
+                                           "devices set Dirty from the start",
+                                           r.flags, DR_HWPT_DIRTY_OPTIONAL, format_names(DR_FORMAT_BIT(r.format))));
+    return {};
 }
 
 Result<void> check_geometry(const dr_hwpt_alloc &r)
@@ -74,15 +90,10 @@ Result<void> check_geometry(const dr_hwpt_alloc &r)
 Result<void> check(const dr_hwpt_alloc &r)
 {
     if (!iommu::knows_format(r.format))
-        return refusal(EOPNOTSUPP,
-                       fmt::format("format {} is not known here, expected one of {}", r.format, known_formats()));
-    constexpr std::uint32_t flags = DR_HWPT_DIRTY_TRACKING | DR_HWPT_ALWAYS_ON | DR_HWPT_ALL_SIZES | DR_HWPT_COLLAPSE;
-    if ((r.flags & ~flags) != 0)
-        return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: only {:#x} are known", r.flags, flags));
-    if (r.flags == DR_HWPT_ALWAYS_ON)
-        return refusal(EINVAL, fmt::format("flags {:#x} of the hwpt: DR_HWPT_ALWAYS_ON ({:#x}) without "
-                                           "DR_HWPT_DIRTY_TRACKING ({:#x})",
-                                           r.flags, DR_HWPT_ALWAYS_ON, DR_HWPT_DIRTY_TRACKING));
+        return refusal(EOPNOTSUPP, fmt::format("format {} is not known here, expected one of {}", r.format,
+                                               format_names(UINT32_MAX)));
+    if (auto ok = check_flags(r); !ok)
+        return ok;
     if (auto ok = check_geometry(r); !ok)
         return ok;
     if (r.leaf_lg2_max != 12 && r.leaf_lg2_max != 21 && r.leaf_lg2_max != 30)
@@ -116,7 +127,8 @@ Result<std::unique_ptr<Hwpt>> Hwpt::make(const HwptPlan &plan, const std::vector
     if (auto ok = check(request); !ok)
         return tl::unexpected(ok.error());
     auto hwpt = std::make_unique<Hwpt>();
-    hwpt->tracks = (request.flags & DR_HWPT_DIRTY_TRACKING) != 0;
+    hwpt->required = (request.flags & DR_HWPT_DIRTY_TRACKING) != 0;
+    hwpt->tracks = hwpt->required || (request.flags & DR_HWPT_DIRTY_OPTIONAL) != 0;
     hwpt->geometry = iommu::make_geometry(request.format, request.aperture_lg2, request.shards, levels_of(request));
     if (auto ok = hwpt->make_regions(plan, holdings); !ok)
         return tl::unexpected(ok.error());

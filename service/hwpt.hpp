@@ -37,7 +37,8 @@ struct HwptPlan {
 
 struct Hwpt {
     HwptSlot *slot = nullptr;
-    bool tracks;
+    bool tracks;   // it has rings
+    bool required; // and no device that cannot be tracked
     dr_translation_header geometry;
     ring::Region tables;
     ring::Region translation;

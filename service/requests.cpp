@@ -47,6 +47,8 @@ void Control::handle(Connection &c)
         {DR_DEVICE_ATTACH, "DEVICE_ATTACH", Role::greeted, 0, &Control::device_attach},
         {DR_DEVICE_DETACH, "DEVICE_DETACH", Role::device, 0, &Control::device_detach},
         {DR_GUEST_DESTROY, "GUEST_DESTROY", Role::front_end, 0, &Control::guest_destroy},
+        {DR_DEVICE_INFO, "DEVICE_INFO", Role::front_end, 0, &Control::device_info},
+        {DR_HWPT_STATUS, "HWPT_STATUS", Role::front_end, 0, &Control::hwpt_status},
     };
     static constexpr std::string_view roles[] = {"a connection before HELLO",
                                                  "one after HELLO, neither front-end nor device", "a front-end",
@@ -262,6 +264,38 @@ void Control::destroy_hwpt(const std::shared_ptr<Guest> &guest, std::uint32_t id
                    change(guest, {{guest->home, [home = guest->home] { home->flush(); }}}, gone);
                });
            });
+}
+
+void Control::device_info(Connection &c)
+{
+    dr_object request{};
+    if (!read(c, request))
+        return;
+    const auto next = c.guest->devices.upper_bound(request.id);
+    if (next == c.guest->devices.end())
+        return refuse(c.id, {ENOENT, fmt::format("there is no device with an id above {}", request.id)});
+    const DeviceSlot &slot = *next->second->slot;
+    dr_device_info info{0, slot.id, slot.hwpt, slot.pid, slot.can.flags, slot.can.formats, {}};
+    std::memcpy(info.name, slot.can.name, sizeof info.name);
+    reply(c.id, info);
+}
+
+void Control::hwpt_status(Connection &c)
+{
+    dr_object request{};
+    if (!read(c, request))
+        return;
+    const auto found = c.guest->hwpts.find(request.id);
+    if (found == c.guest->hwpts.end())
+        return refuse(c.id, {ENOENT, fmt::format("there is no hwpt {}", request.id)});
+    const Hwpt &hwpt = *found->second;
+    const auto told = std::make_shared<Tracking>();
+    ask({{c.guest->home, [guest = c.guest, told, id = request.id] { *told = guest->commands->tracking(id); }}},
+        [this, id = c.id, told, tracks = hwpt.tracks, format = hwpt.geometry.format, devices = hwpt.devices] {
+            const std::uint32_t flags = (tracks && told->in_the_way == 0 ? DR_TRACKING_SUPPORTED : 0) |
+                                        (told->enabled ? DR_TRACKING_ENABLED : 0);
+            reply(id, dr_hwpt_status{0, format, flags, devices, told->in_the_way});
+        });
 }
 
 } // namespace dirtyring::service

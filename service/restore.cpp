@@ -7,6 +7,7 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <cassert>
 #include <cerrno>
 #include <cstring>
 #include <sys/stat.h>
@@ -192,8 +193,14 @@ void Control::put_to_work(const std::shared_ptr<Guest> &guest, Then then)
         // Its first step looks at all cells.
         std::vector<iommu::DmaThreads> threads;
         for (const auto &[device_id, device] : guest->devices) {
-            if (device->slot->hwpt == id)
-                threads.push_back(device->threads);
+            if (device->slot->hwpt != id)
+                continue;
+            threads.push_back(device->threads);
+            if (!device->slot->can.tracks(hwpt->geometry.format)) {
+                // It had been admitted before it got its slot, so nothing has been enabled since.
+                [[maybe_unused]] const bool admitted = commands->admit(id, device_id);
+                assert(admitted);
+            }
         }
         for (const ShardHome &s : hwpt->shards) {
             works.emplace_back(s.owner, [owner = s.owner, shard = s.shard.get(), bell = s.doorbell.get(), threads] {

@@ -30,13 +30,11 @@ class Device : public check::Peer
         : Peer(context), fault_(fault), pins_(fault.starts_with("pin"))
     {
         hello();
-        dr_device_attach request{};
-        request.hwpt = hwpt;
-        request.flags = DR_DEVICE_CAN_TRACK;
-        request.threads = 1;
+        std::uint8_t bytes[DR_TOKEN_BYTES];
+        for (std::size_t i = 0; i < sizeof bytes; ++i)
+            bytes[i] = static_cast<std::uint8_t>(std::stoul(token.substr(2 * i, 2), nullptr, 16));
+        dr_device_attach request = check::new_device(hwpt, bytes);
         request.pins = pins_ ? slots : 0;
-        for (std::size_t i = 0; i < sizeof request.token; ++i)
-            request.token[i] = static_cast<std::uint8_t>(std::stoul(token.substr(2 * i, 2), nullptr, 16));
         std::vector<Fd> fds;
         const auto info = get<dr_device>(DR_DEVICE_ATTACH, request, {}, &fds, 3 + 2 + 1);
         map(fds[0], tables_map_, PROT_READ | PROT_WRITE);

@@ -206,6 +206,7 @@ struct Service {
     }
 
     std::mutex mutex;
+    int enabled = 0; // ENABLEs so far
     std::vector<ForgedRing *> forged;
     std::vector<std::shared_ptr<void>> kept;
 };
@@ -359,6 +360,59 @@ void objects_of_all_guests(Service &s)
             reply.pretend_done();
         return true;
     };
+}
+
+void another_device(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.is(DR_DEVICE_INFO))
+            reply.change<dr_device_info>([](dr_device_info &i) { ++i.formats; });
+        return true;
+    };
+}
+
+void another_status(Service &s)
+{
+    s.replies = [](Message &reply) {
+        if (reply.is(DR_HWPT_STATUS))
+            reply.change<dr_hwpt_status>([](dr_hwpt_status &h) { h.flags |= DR_TRACKING_SUPPORTED; });
+        return true;
+    };
+}
+
+void optional_is_required(Service &s)
+{
+    s.requests = [](Message &request) {
+        if (request.header.request == DR_HWPT_ALLOC)
+            request.change<dr_hwpt_alloc>([](dr_hwpt_alloc &h) { h.flags = DR_HWPT_DIRTY_TRACKING; });
+        return true;
+    };
+}
+
+// Whoever attaches is said to track, once it has been enabled.
+void attaches_to_what_is_enabled(Service &s)
+{
+    s.passed_on([&s](dr_command &c) {
+        const std::lock_guard lock(s.mutex);
+        s.enabled += c.opcode == DR_OP_ENABLE;
+        return true;
+    });
+    s.requests = [&s](Message &request) {
+        const std::lock_guard lock(s.mutex);
+        if (request.header.request == DR_DEVICE_ATTACH &&
+            s.enabled == 3) // the guest's own, one that fails, one that does not
+            request.change<dr_device_attach>([](dr_device_attach &a) { a.flags |= DR_DEVICE_CAN_TRACK; });
+        return true;
+    };
+}
+
+void enables_with_any_device(Service &s)
+{
+    s.completions([](dr_completion &completion, const dr_command &c) {
+        if (c.opcode == DR_OP_ENABLE && completion.result == -ENODEV)
+            completion.result = 0;
+        return 1;
+    });
 }
 
 void maps_that_stay(Service &s)
@@ -752,6 +806,11 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"another_slice", another_slice, {"HWPT_ALLOC and RING_GET"}, {"O-5"}},
         Wrong{"id_given_again", id_given_again, {"DESTROY"}, {"O-8"}},
         Wrong{"objects_of_all_guests", objects_of_all_guests, {"DESTROY"}, {"O-9"}},
+        Wrong{"another_device", another_device, {"capabilities"}, {"O-22"}},
+        Wrong{"another_status", another_status, {"capabilities"}, {"O-23"}},
+        Wrong{"optional_is_required", optional_is_required, {"capabilities"}, {"O-24"}},
+        Wrong{"attaches_to_what_is_enabled", attaches_to_what_is_enabled, {"capabilities"}, {"O-25"}},
+        Wrong{"enables_with_any_device", enables_with_any_device, {"capabilities"}, {"O-26"}},
         Wrong{"maps_that_stay", maps_that_stay, {"DESTROY"}, {"O-10"}},
         Wrong{"connections_kept", connections_kept, {"the end of a guest"}, {"O-16"}},
         Wrong{"another_token", another_token, {"a guest taken over"}, {"O-17"}},

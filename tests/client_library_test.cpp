@@ -203,10 +203,52 @@ TEST_F(ClientLibrary, SetsUpAGuest)
     EXPECT_EQ(asked.format, static_cast<unsigned>(DR_FORMAT_VTDSS));
     EXPECT_EQ(asked.levels, 5u);
     EXPECT_EQ(asked.flags, DR_HWPT_DIRTY_TRACKING | DR_HWPT_ALWAYS_ON);
-    attr.reserved[1] = 1;
+    attr = {};
+    attr.optional = 1;
+    EXPECT_EQ(dirtyring_hwpt_alloc(vm.get(), ioas, &attr, &hwpt), 0);
+    EXPECT_EQ(asked.flags, DR_HWPT_DIRTY_OPTIONAL);
+    attr.untracked = 1;
+    EXPECT_EQ(dirtyring_hwpt_alloc(vm.get(), ioas, &attr, &hwpt), -EINVAL);
+    attr = {};
+    attr.reserved = 1;
     EXPECT_EQ(dirtyring_hwpt_alloc(vm.get(), ioas, &attr, &hwpt), -EINVAL);
     EXPECT_EQ(dirtyring_destroy(vm.get(), hwpt), -EOPNOTSUPP);
     EXPECT_STREQ(dirtyring_error(), "unknown request");
+}
+
+TEST_F(ClientLibrary, AsksWhatDevicesCanDo)
+{
+    dr_object asked{};
+    service.on[DR_DEVICE_INFO] = [&](const std::string &payload) {
+        std::memcpy(&asked, payload.data(), sizeof asked);
+        dr_device_info told{0, 7, 4, 99, DR_DEVICE_COHERENT, 6, {}};
+        std::memset(told.name, 'n', sizeof told.name); // without an end
+        return reply_of(told);
+    };
+    service.on[DR_HWPT_STATUS] = [&](const std::string &payload) {
+        std::memcpy(&asked, payload.data(), sizeof asked);
+        return reply_of(dr_hwpt_status{0, DR_FORMAT_VTDSS, DR_TRACKING_ENABLED, 3, 7});
+    };
+    connect();
+    struct dirtyring_device_info info {
+    };
+    EXPECT_EQ(dirtyring_device_info(vm.get(), 5, &info), 0);
+    EXPECT_EQ(asked.id, 5u);
+    EXPECT_EQ(info.id, 7u);
+    EXPECT_EQ(info.hwpt, 4u);
+    EXPECT_EQ(info.pid, 99);
+    EXPECT_EQ(info.flags, DR_DEVICE_COHERENT);
+    EXPECT_EQ(info.formats, 6u);
+    EXPECT_EQ(std::string(info.name), std::string(DR_NAME_BYTES - 1, 'n'));
+    struct dirtyring_hwpt_status status {
+    };
+    EXPECT_EQ(dirtyring_hwpt_status(vm.get(), 4, &status), 0);
+    EXPECT_EQ(asked.id, 4u);
+    EXPECT_EQ(status.format, static_cast<unsigned>(DR_FORMAT_VTDSS));
+    EXPECT_EQ(status.supported, 0u);
+    EXPECT_EQ(status.enabled, 1u);
+    EXPECT_EQ(status.devices, 3u);
+    EXPECT_EQ(status.in_the_way, 7u);
 }
 
 // ---- commands

@@ -303,6 +303,20 @@ inline std::uint64_t new_key()
     return key | 1;
 }
 
+// A request of a device that can do everything.
+inline dr_device_attach new_device(std::uint32_t hwpt, const std::uint8_t *token)
+{
+    dr_device_attach request{};
+    request.hwpt = hwpt;
+    request.flags = DR_DEVICE_CAN_TRACK | DR_DEVICE_COHERENT;
+    request.threads = 1;
+    std::memcpy(request.token, token, sizeof request.token);
+    request.formats = UINT32_MAX;
+    request.key = new_key();
+    std::strcpy(request.name, "a test's");
+    return request;
+}
+
 struct Reply {
     bool closed = false; // instead, the service closed the connection
     dr_message_header header{};

@@ -185,7 +185,10 @@ bad_input()
     expect 2 'kill-service' "${tool[@]}" --kill-service 100 --tracking none
     expect 2 'excludes' "${tool[@]}" --kill-service 100 --socket-path "$dir/socket"
     expect 2 '' "$bin/dirtyring" nonsense
-    expect 1 'Dirty bits|tracking none' "${tool[@]}" --memory 64M --no-device-tracking --seconds 1
+    expect 1 'device [0-9]+ \(dma-0\) does not set Dirty bits.*--tracking none' \
+        "${tool[@]}" --memory 64M --no-device-tracking --seconds 1
+    expect 1 '"dma-0" does not set Dirty bits.*--tracking none' \
+        "${tool[@]}" --memory 64M --no-device-tracking --seconds 1 --format smmuv3s2
     expect 1 'nobody-listens' "${tool[@]}" --memory 64M --socket-path "$dir/nobody-listens"
     expect 2 'wrong.trace' "${tool[@]}" --memory 64M --seconds 0.2 --ram-dir "$dir/wrong.trace/x"
     expect 2 'no-such-dir' "${tool[@]}" --memory 64M --seconds 0.2 --json "$dir/no-such-dir/json"

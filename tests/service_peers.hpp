@@ -338,16 +338,7 @@ class RawDevice : public Peer
 {
   public:
     explicit RawDevice(const Daemon &daemon) : Peer(daemon), guest(daemon) { hello(); }
-    [[nodiscard]] dr_device_attach request() const
-    {
-        dr_device_attach r{};
-        r.hwpt = guest.hwpt;
-        r.flags = DR_DEVICE_CAN_TRACK;
-        r.threads = 1;
-        r.key = new_key();
-        std::memcpy(r.token, guest.info.token, sizeof r.token);
-        return r;
-    }
+    [[nodiscard]] dr_device_attach request() const { return new_device(guest.hwpt, guest.info.token); }
 
     TrackedGuest guest;
 };

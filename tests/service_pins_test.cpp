@@ -244,16 +244,13 @@ TEST(ServicePins, OfADeviceAreLimited)
     struct Case {
         std::uint32_t threads;
         std::uint32_t pins;
-        std::uint32_t reserved;
     };
-    for (const Case &c : {Case{1, DR_DEVICE_PINS_MAX + 1, 0}, Case{64, 65, 0}, Case{64, 1u << 26, 0},
-                          Case{2, 1u << 31, 0}, Case{3, UINT32_MAX / 3 + 1, 0}, Case{1, UINT32_MAX, 0}, Case{0, 1, 0},
-                          Case{65, 1, 0}, Case{1, 1, 1}, Case{1, 0, 1u << 31}}) {
+    for (const Case &c : {Case{1, DR_DEVICE_PINS_MAX + 1}, Case{64, 65}, Case{64, 1u << 26}, Case{2, 1u << 31},
+                          Case{3, UINT32_MAX / 3 + 1}, Case{1, UINT32_MAX}, Case{0, 1}, Case{65, 1}}) {
         dr_device_attach request = device.request();
         request.threads = c.threads;
         request.pins = c.pins;
-        request.reserved = c.reserved;
-        SCOPED_TRACE(testing::Message() << c.threads << " threads, " << c.pins << " pins, reserved " << c.reserved);
+        SCOPED_TRACE(testing::Message() << c.threads << " threads, " << c.pins << " pins");
         expect_refused(device.call(DR_DEVICE_ATTACH, request), EINVAL);
     }
     expect_done(device.call(DR_DEVICE_ATTACH, device.request()));
@@ -529,13 +526,9 @@ TEST(ServicePins, ThatAreNonsenseHarmTheirOwnGuestOnly)
     Child scribbler([&](const std::function<void()> &ready) {
         Peer device(daemon);
         device.hello();
-        dr_device_attach request{};
-        request.hwpt = guest.hwpt;
-        request.flags = DR_DEVICE_CAN_TRACK;
+        dr_device_attach request = new_device(guest.hwpt, guest.info.token);
         request.threads = threads;
         request.pins = pins;
-        request.key = 1;
-        std::memcpy(request.token, guest.info.token, sizeof request.token);
         std::vector<Fd> fds;
         device.get<dr_device>(DR_DEVICE_ATTACH, request, {}, &fds);
         Mapping region;

@@ -277,13 +277,7 @@ TEST(ServiceProgram, LivesOnWhenNobodyReadsItsLog)
 class Fuzzer
 {
   public:
-    explicit Fuzzer(const Daemon &daemon, const Vm &target) : daemon_(daemon)
-    {
-        std::memcpy(attach_.token, target.token(), sizeof attach_.token);
-        attach_.threads = 1;
-        attach_.key = new_key();
-        attach_.flags = DR_DEVICE_CAN_TRACK;
-    }
+    explicit Fuzzer(const Daemon &daemon, const Vm &target) : daemon_(daemon), attach_(new_device(0, target.token())) {}
 
     void random_bytes()
     {
@@ -349,6 +343,8 @@ class Fuzzer
                 message(DR_RING_GET, dr_ring_get{0, 2, 0}),
                 message(DR_DESTROY, dr_object{0, 2}),
                 message(DR_DEVICE_ATTACH, attach_),
+                message(DR_DEVICE_INFO, dr_object{0, 0}),
+                message(DR_HWPT_STATUS, dr_object{0, 2}),
                 message(DR_DEVICE_DETACH, dr_empty{}),
                 message(DR_GUEST_DESTROY, dr_empty{})};
     }
@@ -359,7 +355,7 @@ class Fuzzer
     }
 
     const Daemon &daemon_;
-    dr_device_attach attach_{};
+    dr_device_attach attach_;
     std::mt19937_64 random_{4};
     Fd memory_ = memory_file(page);
     Fd null_{::open("/dev/null", O_RDWR | O_CLOEXEC)};

@@ -107,8 +107,8 @@ INSTANTIATE_TEST_SUITE_P(
                     RequestCase{DR_MEMORY_ADD, memory_add_place}, RequestCase{DR_IOAS_ALLOC, ioas_alloc_place},
                     RequestCase{DR_HWPT_ALLOC, hwpt_alloc_place}, RequestCase{DR_RING_GET, ring_get_place},
                     RequestCase{DR_DESTROY, destroy_place}, RequestCase{DR_DEVICE_ATTACH, device_attach_place},
-                    RequestCase{DR_DEVICE_DETACH, device_detach_place},
-                    RequestCase{DR_GUEST_DESTROY, ioas_alloc_place}),
+                    RequestCase{DR_DEVICE_DETACH, device_detach_place}, RequestCase{DR_GUEST_DESTROY, ioas_alloc_place},
+                    RequestCase{DR_HWPT_STATUS, destroy_place}),
     [](const auto &tested) { return "Number" + std::to_string(tested.param.request); });
 
 TEST_P(ServiceRequest, IsHeldToItsSizeAndDoneAfterRefusals)
@@ -135,8 +135,8 @@ TEST_P(ServiceRequest, IsRefusedOnAConnectionOfAnotherKind)
     RawGuest front_end(daemon);
     RawDevice device(daemon);
     device.get<dr_device>(DR_DEVICE_ATTACH, device.request());
-    const std::set<dr_request> of_front_ends{DR_MEMORY_ADD, DR_IOAS_ALLOC, DR_HWPT_ALLOC,
-                                             DR_RING_GET,   DR_DESTROY,    DR_GUEST_DESTROY};
+    const std::set<dr_request> of_front_ends{DR_MEMORY_ADD, DR_IOAS_ALLOC,    DR_HWPT_ALLOC, DR_RING_GET,
+                                             DR_DESTROY,    DR_GUEST_DESTROY, DR_HWPT_STATUS};
     if (of_front_ends.count(GetParam().request) != 0 || GetParam().request == DR_GUEST_CREATE) {
         expect_refused(device.call_bytes(GetParam().request, place.payload), EPROTO);
     }
@@ -291,8 +291,12 @@ TEST_F(ServiceHwptAlloc, WantsFieldsWithinTheirRange)
         expect(EINVAL, [&](auto &r) { r.space = v; });
     for (const std::uint32_t v : {0u, 1u, 4u, 9u, DR_CAPACITY_MAX * 2, UINT32_MAX})
         expect(EINVAL, [&](auto &r) { r.ring_entries = v; });
-    for (const std::uint32_t v : {2u, 16u, 17u, UINT32_MAX})
+    for (const std::uint32_t v : {2u, 17u, 18u, 32u, UINT32_MAX})
         expect(EINVAL, [&](auto &r) { r.flags = v; });
+    expect(EINVAL, [](auto &r) {
+        r.flags = DR_HWPT_DIRTY_OPTIONAL;
+        r.format = DR_FORMAT_SMMUV3_S2; // its devices set Dirty from the start
+    });
     for (const std::uint32_t v : {3u, UINT32_MAX})
         expect(EINVAL, [&](auto &r) { r.split = v; });
     for (const std::uint32_t v : {1u, UINT32_MAX}) // of AMD v1
@@ -464,7 +468,7 @@ TEST(ServiceDeviceAttach, RefusesFlagsItDoesNotKnow)
     Daemon daemon;
     RawDevice device(daemon);
     dr_device_attach request = device.request();
-    request.flags |= 2;
+    request.flags |= 4;
     expect_refused(device.call(DR_DEVICE_ATTACH, request), EINVAL);
 }
 

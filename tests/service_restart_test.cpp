@@ -5,6 +5,7 @@
 #include <linux/kcmp.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <thread>
 
 namespace dirtyring::test {
 namespace {
@@ -625,13 +626,7 @@ TEST_P(ServiceDeath, IsOverlooked)
         guest.ask(DR_MEMORY_ADD, dr_memory_region{0, 0, 0, page, 0}, {memory.get()});
         const auto ioas = guest.ask(DR_IOAS_ALLOC, dr_empty{}).as<dr_object>().id;
         const auto hwpt = guest.ask(DR_HWPT_ALLOC, RawGuest::hwpt_request(ioas)).as<dr_hwpt>().id;
-        dr_device_attach attach{};
-        attach.hwpt = hwpt;
-        attach.flags = DR_DEVICE_CAN_TRACK;
-        attach.threads = 1;
-        attach.key = 5;
-        std::memcpy(attach.token, guest.info.token, sizeof attach.token);
-        DeviceThatRepeats device(daemon, attach);
+        DeviceThatRepeats device(daemon, new_device(hwpt, guest.info.token));
         device.ask(DR_DEVICE_DETACH, dr_empty{});
         guest.ask(DR_DESTROY, dr_object{0, hwpt});
         guest.ask(DR_DESTROY, dr_object{0, ioas});
@@ -673,6 +668,76 @@ TEST_P(ServiceDeathInRestart, IsOverlooked)
         daemon.expect_empty_store();
     }
     ::unlink(once.c_str());
+}
+
+// ---- capabilities ------------------------------------------------------------------------------------------------------
+
+void optional(dr_hwpt_alloc &request)
+{
+    request.flags = DR_HWPT_DIRTY_OPTIONAL;
+}
+
+dr_device_attach unable(const TrackedGuest &guest)
+{
+    dr_device_attach request = new_device(guest.hwpt, guest.info.token);
+    request.flags = 0;
+    return request;
+}
+
+TEST(ServiceRestart, ADeviceThatCannotBeTrackedIsStillInTheWay)
+{
+    Supervised daemon;
+    TrackedGuest guest(daemon, optional);
+    const auto enable = [&] { return guest.run(command(DR_OP_ENABLE, guest.hwpt)); };
+    const auto status = [&] { return guest.get<dr_hwpt_status>(DR_HWPT_STATUS, dr_object{0, guest.hwpt}); };
+    const dr_device_attach request = unable(guest);
+    DeviceThatRepeats device(daemon, request);
+    daemon.kill_worker();
+    guest.take_again(daemon);
+    EXPECT_EQ(enable(), -ENODEV);
+    const auto info = guest.get<dr_device_info>(DR_DEVICE_INFO, dr_object{0, 0});
+    EXPECT_STREQ(info.name, request.name);
+    EXPECT_EQ(info.formats, request.formats);
+    EXPECT_EQ(status().in_the_way, info.id);
+    device.ask(DR_DEVICE_DETACH, dr_empty{});
+    EXPECT_EQ(enable(), 0);
+
+    daemon.kill_worker();
+    guest.take_again(daemon);
+    EXPECT_EQ(status().flags, DR_TRACKING_SUPPORTED | DR_TRACKING_ENABLED);
+    EXPECT_EQ(enable(), -EALREADY);
+    Peer late(daemon);
+    late.hello();
+    expect_refused(late.call(DR_DEVICE_ATTACH, unable(guest)), EINVAL);
+}
+
+// The worker dies somewhere in the race of an ENABLE and an attach. Both ask again, and one of them wins.
+TEST(ServiceRestart, OneOfEnableAndAttachWinsTheRaceThatADeathInterrupts)
+{
+    Supervised daemon;
+    std::mt19937_64 random(1);
+    for (int round = 0; round < 40; ++round) {
+        std::this_thread::sleep_for(25ms); // or it would be an early death
+        TrackedGuest guest(daemon, optional);
+        const dr_device_attach request = unable(guest);
+        Reply reply;
+        Peer device(daemon);
+        device.hello();
+        std::thread attaching([&] {
+            while ((reply = device.call(DR_DEVICE_ATTACH, request)).closed)
+                device.reconnect(daemon);
+        });
+        guest.submit(command(DR_OP_ENABLE, guest.hwpt));
+        std::this_thread::sleep_for(std::chrono::microseconds(random() % 1000));
+        daemon.kill_worker();
+        guest.take_again(daemon);
+        const int enabled = guest.next_completion().result;
+        attaching.join();
+        const auto told = guest.get<dr_hwpt_status>(DR_HWPT_STATUS, dr_object{0, guest.hwpt});
+        EXPECT_NE(enabled == 0, reply.error() == 0) << "ENABLE " << enabled << ", attach " << reply.error();
+        EXPECT_EQ(told.flags, enabled == 0 ? DR_TRACKING_SUPPORTED | DR_TRACKING_ENABLED : 0);
+        EXPECT_EQ(told.devices, enabled == 0 ? 0u : 1u);
+    }
 }
 
 // ---- one worker --------------------------------------------------------------------------------------------------------

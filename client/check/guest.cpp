@@ -172,7 +172,7 @@ TrackedGuest::TrackedGuest(Context &context, const Change &change, std::uint32_t
         change(request);
     hwpt = get<dr_hwpt>(DR_HWPT_ALLOC, request).id;
     expect("M-6", map_command(ioas, 0, pages * page, 0), 0, "MAP of the guest's memory");
-    if ((request.flags & DR_HWPT_DIRTY_TRACKING) == 0)
+    if ((request.flags & (DR_HWPT_DIRTY_TRACKING | DR_HWPT_DIRTY_OPTIONAL)) == 0)
         return;
     for (std::uint32_t shard = 0; shard < request.shards; ++shard)
         rings.push_back(ring(hwpt, request, shard, {0, pages * page}));
@@ -186,13 +186,7 @@ void TrackedGuest::enable(bool on)
 
 dr_device_attach TrackedGuest::attach_request() const
 {
-    dr_device_attach r{};
-    r.hwpt = hwpt;
-    r.flags = DR_DEVICE_CAN_TRACK;
-    r.threads = 1;
-    r.key = new_key();
-    std::memcpy(r.token, info.token, sizeof r.token);
-    return r;
+    return new_device(hwpt, info.token);
 }
 
 Pages TrackedGuest::read_to_marker(std::uint64_t cookie, const std::string &what)

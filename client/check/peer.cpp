@@ -13,8 +13,9 @@ namespace dirtyring::check {
 
 const char *request_name(std::uint32_t request)
 {
-    static constexpr std::array names{"",           "HELLO",    "GUEST_CREATE", "MEMORY_ADD",    "IOAS_ALLOC",
-                                      "HWPT_ALLOC", "RING_GET", "DESTROY",      "DEVICE_ATTACH", "DEVICE_DETACH"};
+    static constexpr std::array names{
+        "",        "HELLO",         "GUEST_CREATE",  "MEMORY_ADD",    "IOAS_ALLOC",  "HWPT_ALLOC", "RING_GET",
+        "DESTROY", "DEVICE_ATTACH", "DEVICE_DETACH", "GUEST_DESTROY", "DEVICE_INFO", "HWPT_STATUS"};
     return request > 0 && request < names.size() ? names[request] : "an unknown request";
 }
 

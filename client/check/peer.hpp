@@ -64,6 +64,20 @@ inline std::uint64_t new_key()
     return std::uint64_t{random()} << 32 | random() | 1;
 }
 
+// A request of a device that can do everything.
+inline dr_device_attach new_device(std::uint32_t hwpt, const std::uint8_t *token)
+{
+    dr_device_attach request{};
+    request.hwpt = hwpt;
+    request.flags = DR_DEVICE_CAN_TRACK | DR_DEVICE_COHERENT;
+    request.threads = 1;
+    std::memcpy(request.token, token, sizeof request.token);
+    request.formats = UINT32_MAX;
+    request.key = new_key();
+    std::strcpy(request.name, "the kit's");
+    return request;
+}
+
 const char *request_name(std::uint32_t request);
 std::string error_name(int error);
 

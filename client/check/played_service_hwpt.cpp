@@ -88,8 +88,10 @@ Answer PlayedHwpt::attach(const dr_device_attach &request)
     if (request.hwpt != expected_.hwpt)
         throw Refuse{ENOENT, "no such hwpt"};
     if (request.threads == 0 || request.threads > DR_DEVICE_THREADS_MAX ||
-        request.pins > DR_DEVICE_PINS_MAX / request.threads || (request.flags & DR_DEVICE_CAN_TRACK) == 0)
-        throw Refuse{EINVAL, "expected 1 to 64 threads, at most 4096 pins, and DR_DEVICE_CAN_TRACK"};
+        request.pins > DR_DEVICE_PINS_MAX / request.threads || (request.flags & DR_DEVICE_CAN_TRACK) == 0 ||
+        (request.formats & DR_FORMAT_BIT(DR_FORMAT_AMDV1)) == 0 || request.name[0] == '\0')
+        throw Refuse{EINVAL, "expected 1 to 64 threads, at most 4096 pins, DR_DEVICE_CAN_TRACK, a device that walks "
+                             "amdv1, and a name"};
     threads = request.threads;
     pins = request.pins;
     kind = Kind::device;

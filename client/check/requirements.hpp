@@ -99,6 +99,17 @@ inline constexpr Requirement requirements[] = {
     {"O-20", Role::service, "The service MUST take a DEVICE_ATTACH with the key of a device of the same process for "
      "that device."},
     {"O-21", Role::service, "The service MUST forget a guest at GUEST_DESTROY, whatever its `linger_ms`."},
+    {"O-22", Role::service, "The service MUST answer a DEVICE_INFO with what the device declared that has the "
+     "smallest id above the one asked for, and refuse it with ENOENT where there is none."},
+    {"O-23", Role::service, "The service MUST answer a HWPT_STATUS with the hwpt's format, the number of its devices, "
+     "the smallest id of those that cannot track it, whether it is supported and whether it is "
+     "enabled, or refuse it with ENOENT where there is no such hwpt."},
+    {"O-24", Role::service, "The service MUST let a device that cannot track it attach to an hwpt with "
+     "`DR_HWPT_DIRTY_OPTIONAL` while that is not enabled."},
+    {"O-25", Role::service, "The service MUST refuse with EINVAL a DEVICE_ATTACH of a device that cannot track it to "
+     "an hwpt that is enabled."},
+    {"O-26", Role::service, "The service MUST complete with ENODEV, and change nothing for, an ENABLE of an hwpt to "
+     "which a device is attached that cannot track it."},
     {"E-1", Role::front_end, "A front-end MUST take everything that it tracks for dirty when its guest is gone."},
     {"S-1", Role::service, "The service MUST seal each region that it hands out against shrinking, growing and "
      "further seals."},
@@ -185,7 +196,8 @@ inline constexpr Requirement requirements[] = {
     {"M-7", Role::service, "The service MUST complete an UNMAP with 0, or with the errno that layout.h lists for "
      "what is wrong with it: EAGAIN, EINVAL, ENOENT or ERANGE."},
     {"M-8", Role::service, "The service MUST complete an ENABLE, DISABLE or SYNC with 0, or with the errno that "
-     "layout.h lists for what is wrong with it: EINVAL, ENOENT, EOPNOTSUPP or EALREADY."},
+     "layout.h lists for what is wrong with it: EINVAL, ENOENT, EOPNOTSUPP, EALREADY or "
+     "ENODEV."},
     {"M-9", Role::service, "The service MUST do commands on overlapping IOVAs of one ioas in the order in which they "
      "were submitted."},
     {"M-10", Role::service, "The service MUST do ENABLE, DISABLE and SYNC of one hwpt in the order in which they "

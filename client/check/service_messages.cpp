@@ -122,13 +122,9 @@ void sizes(Context &c)
     hold_to_size(c, peer, DR_RING_GET, dr_ring_get{0, hwpt, 0});
     Peer device(c);
     device.hello();
-    dr_device_attach attach{};
-    attach.hwpt = hwpt;
-    attach.flags = DR_DEVICE_CAN_TRACK;
-    attach.threads = 1;
-    attach.key = new_key();
-    std::memcpy(attach.token, guest.token, sizeof attach.token);
-    hold_to_size(c, device, DR_DEVICE_ATTACH, attach);
+    hold_to_size(c, device, DR_DEVICE_ATTACH, new_device(hwpt, guest.token));
+    hold_to_size(c, peer, DR_DEVICE_INFO, dr_object{0, 0});
+    hold_to_size(c, peer, DR_HWPT_STATUS, dr_object{0, hwpt});
     hold_to_size(c, device, DR_DEVICE_DETACH, dr_empty{});
     hold_to_size(c, peer, DR_DESTROY, dr_object{0, hwpt});
 }
@@ -170,7 +166,7 @@ void descriptors(Context &c)
 
 void hello(Context &c)
 {
-    for (std::uint32_t request = DR_GUEST_CREATE; request <= DR_DEVICE_DETACH; ++request) {
+    for (std::uint32_t request = DR_GUEST_CREATE; request <= DR_HWPT_STATUS; ++request) {
         Peer peer(c);
         peer.refused("H-3", peer.call_bytes(request, payload_of(dr_empty{})), EPROTO,
                      fmt::format("{} before HELLO", request_name(request)));
@@ -197,7 +193,8 @@ void kinds(Context &c)
     TrackedGuest guest(c);
     Device device(c, guest);
     const Fd memory = memory_file(page);
-    for (const std::uint32_t request : {DR_IOAS_ALLOC, DR_HWPT_ALLOC, DR_RING_GET, DR_DESTROY, DR_GUEST_CREATE})
+    for (const std::uint32_t request :
+         {DR_IOAS_ALLOC, DR_HWPT_ALLOC, DR_RING_GET, DR_DESTROY, DR_GUEST_CREATE, DR_DEVICE_INFO, DR_HWPT_STATUS})
         device.refused("H-6", device.call_bytes(request, payload_of(dr_empty{})), EPROTO,
                        fmt::format("{} on a device", request_name(request)));
     guest.refused("H-6", DR_DEVICE_ATTACH, guest.attach_request(), EPROTO, "on a front-end");

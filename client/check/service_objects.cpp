@@ -86,7 +86,8 @@ void hwpts(Context &c)
     each("leaf_lg2_max", &dr_hwpt_alloc::leaf_lg2_max, {0, 13, 39}, EINVAL);
     each("space", &dr_hwpt_alloc::space, {2, UINT32_MAX}, EINVAL);
     each("ring_entries", &dr_hwpt_alloc::ring_entries, {0, 4, 9, DR_CAPACITY_MAX * 2}, EINVAL);
-    each("flags", &dr_hwpt_alloc::flags, {DR_HWPT_ALWAYS_ON, UINT32_MAX}, EINVAL);
+    each("flags", &dr_hwpt_alloc::flags,
+         {DR_HWPT_ALWAYS_ON, DR_HWPT_DIRTY_TRACKING | DR_HWPT_DIRTY_OPTIONAL, UINT32_MAX}, EINVAL);
     each("levels", &dr_hwpt_alloc::levels, {2, 7, UINT32_MAX}, EINVAL);
     each("format", &dr_hwpt_alloc::format, {0, UINT32_MAX}, EOPNOTSUPP);
     each("ioas", &dr_hwpt_alloc::ioas, {0, ioas + 1}, ENOENT);
@@ -176,8 +177,13 @@ void attach(Context &c)
         r.threads = 64;
         r.pins = 1u << 26;
     });
-    refused(EINVAL, "a reserved word of 1", [](auto &r) { r.reserved = 1; });
-    refused(EINVAL, "an unknown flag", [](auto &r) { r.flags |= 2; });
+    refused(EINVAL, "an unknown flag", [](auto &r) { r.flags |= 4; });
+    refused(EINVAL, "no format", [](auto &r) { r.formats = 0; });
+    refused(EINVAL, "a format that is not the hwpt's", [](auto &r) { r.formats = DR_FORMAT_BIT(DR_FORMAT_VTDSS); });
+    refused(EINVAL, "no name", [](auto &r) { r.name[0] = '\0'; });
+    refused(EINVAL, "a name without an end", [](auto &r) { std::memset(r.name, 'n', sizeof r.name); });
+    refused(EINVAL, "a name with a newline", [](auto &r) { r.name[1] = '\n'; });
+    refused(EINVAL, "a name with something behind it", [](auto &r) { r.name[sizeof r.name - 1] = 'n'; });
     refused(EINVAL, "a device that cannot track", [](auto &r) { r.flags = 0; });
     Peer old(c);
     old.hello(DR_FEATURE_OA_SPACE);
@@ -277,6 +283,63 @@ void destroys(Context &c)
     late.refused("O-21", DR_GUEST_CREATE, request, ENOENT, "the secret of a guest that was destroyed");
 }
 
+std::string text_of(const dr_hwpt_status &s)
+{
+    return fmt::format("format {}, flags {:#x}, {} devices, {} in the way", s.format, s.flags, s.devices, s.in_the_way);
+}
+
+void capabilities(Context &c)
+{
+    TrackedGuest guest(c, [](auto &r) { r.flags = DR_HWPT_DIRTY_OPTIONAL; });
+    guest.enable(false);
+    std::vector<std::unique_ptr<Peer>> devices;
+    const auto attach = [&](const dr_device_attach &request) {
+        Peer &device = *devices.emplace_back(std::make_unique<Peer>(c));
+        device.hello();
+        const Reply reply = device.call(DR_DEVICE_ATTACH, request);
+        c.need(!reply.refused(), "O-24", "DEVICE_ATTACH to an hwpt that is optional and not enabled", reply.outcome(),
+               "it done");
+        return reply.as<dr_device>().id;
+    };
+    const auto expect_status = [&](std::uint32_t flags, std::uint32_t attached, std::uint32_t in_the_way,
+                                   const char *when) {
+        const dr_hwpt_status wanted{0, DR_FORMAT_AMDV1, flags, attached, in_the_way};
+        const auto got = guest.get<dr_hwpt_status>(DR_HWPT_STATUS, dr_object{0, guest.hwpt});
+        c.expect(text_of(got) == text_of(wanted), "O-23", fmt::format("HWPT_STATUS {}", when), text_of(got),
+                 text_of(wanted));
+    };
+    const auto expect_info = [&](std::uint32_t above, std::uint32_t id, const dr_device_attach &declared) {
+        const auto got = guest.get<dr_device_info>(DR_DEVICE_INFO, dr_object{0, above});
+        c.expect(got.id == id && got.hwpt == guest.hwpt && got.flags == declared.flags &&
+                     got.formats == declared.formats && std::memcmp(got.name, declared.name, sizeof got.name) == 0,
+                 "O-22", fmt::format("DEVICE_INFO of the device above {}", above),
+                 fmt::format("device {} of hwpt {}, flags {:#x}, formats {:#x}, another name perhaps", got.id, got.hwpt,
+                             got.flags, got.formats),
+                 fmt::format("device {} of hwpt {}, flags {:#x}, formats {:#x}, \"{}\"", id, guest.hwpt, declared.flags,
+                             declared.formats, declared.name));
+    };
+    guest.refused("O-22", DR_DEVICE_INFO, dr_object{0, 0}, ENOENT, "without a device");
+    guest.refused("O-23", DR_HWPT_STATUS, dr_object{0, guest.ioas}, ENOENT, "of an ioas");
+    const dr_device_attach able = guest.attach_request();
+    dr_device_attach unable = guest.attach_request();
+    unable.flags = 0;
+    const std::uint32_t first = attach(able);
+    expect_status(DR_TRACKING_SUPPORTED, 1, 0, "with a device that can track");
+    const std::uint32_t second = attach(unable);
+    expect_info(0, first, able);
+    expect_info(first, second, unable);
+    guest.refused("O-22", DR_DEVICE_INFO, dr_object{0, second}, ENOENT, "above the last device");
+    expect_status(0, 2, second, "with one that cannot");
+    guest.expect("O-26", command(DR_OP_ENABLE, guest.hwpt), -ENODEV, "ENABLE with a device that cannot track");
+    guest.expect("O-26", command(DR_OP_DISABLE, guest.hwpt), -EALREADY, "DISABLE after that");
+    devices.back()->get<dr_empty>(DR_DEVICE_DETACH, dr_empty{});
+    guest.enable(true);
+    expect_status(DR_TRACKING_SUPPORTED | DR_TRACKING_ENABLED, 1, 0, "when it is enabled");
+    unable.key = new_key();
+    devices.back()->refused("O-25", DR_DEVICE_ATTACH, unable, EINVAL,
+                            "a device that cannot track, while it is enabled");
+}
+
 const Check checks[] = {
     {"guests", guests, {"O-1", "O-2"}},
     {"MEMORY_ADD", memory, {"O-3"}},
@@ -288,6 +351,7 @@ const Check checks[] = {
     {"a guest taken over", takeover, {"O-17", "O-18", "O-19"}},
     {"a device that comes back", returns, {"O-20"}},
     {"GUEST_DESTROY", destroys, {"O-21"}},
+    {"capabilities", capabilities, {"O-22", "O-23", "O-24", "O-25", "O-26"}},
 };
 
 } // namespace

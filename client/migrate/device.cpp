@@ -129,17 +129,18 @@ class Worker
     std::array<std::uint8_t, section_max> data_{};
 };
 
-Device attach(const Shared &shared)
+Device attach(const Shared &shared, unsigned index)
 {
+    const std::string name = fmt::format("dma-{}", index);
     const bool can_track = shared.options.devices_can_track;
     dirtyring_attach attributes{};
     attributes.token = shared.control.token;
     attributes.hwpt = shared.control.hwpt;
     attributes.cannot_track = can_track ? 0 : 1;
+    attributes.name = name.c_str();
     auto device = Device::attach(shared.socket_path, attributes);
     if (!device && !can_track && device.error().code == EINVAL)
-        throw Failure("its IOMMU cannot track dirty pages, which this migration relies on; with such a device use "
-                      "--tracking none");
+        throw Failure(fmt::format("{}; with such a device use --tracking none", device.error().sentence));
     return must(std::move(device), "cannot attach");
 }
 
@@ -153,7 +154,7 @@ void run_device(Shared &shared, unsigned index)
 
     wait_for(Phase::attaching);
     {
-        const Device device = attach(shared);
+        const Device device = attach(shared, index);
         control.attached.fetch_add(1, std::memory_order_seq_cst);
         shared.source_bell.ring();
 

@@ -5,9 +5,11 @@
 #include "client/migrate/mapper.hpp"
 #include "client/migrate/page_queue.hpp"
 #include "client/migrate/reports.hpp"
+#include "iommu/formats.hpp"
 
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -63,6 +65,9 @@ class Source
         attributes.ring_entries = options.ring_entries;
         attributes.min_interval_us = options.min_interval_us;
         attributes.untracked = options.tracking ? 0 : 1;
+        // Devices come as they are, as a VMM's do: whether they can be tracked is asked when the migration begins.
+        const bool always_on = iommu::with_format(options.format, [](auto f) { return f.always_on; });
+        attributes.optional = options.tracking && !always_on ? 1 : 0;
         control_.hwpt = must(guest_.hwpt_alloc(ioas_, attributes), "cannot make an hwpt");
         std::memcpy(control_.token, guest_.token(), sizeof control_.token);
 
@@ -81,10 +86,22 @@ class Source
         } else {
             mapper_.emplace(shared_, guest_, ioas_, meanings);
         }
-        if (options.tracking) {
-            must(guest_.enable(control_.hwpt), "cannot start the tracking");
-            rings_.emplace(must(guest_.open_rings(control_.hwpt), "cannot open the rings"));
-        }
+    }
+
+    void start_tracking()
+    {
+        auto enabled = guest_.enable(control_.hwpt);
+        if (!enabled && enabled.error().code == ENODEV)
+            throw Failure(fmt::format("{}; with such a device use --tracking none", what_cannot_be_tracked()));
+        must(std::move(enabled), "cannot start the tracking");
+        rings_.emplace(must(guest_.open_rings(control_.hwpt), "cannot open the rings"));
+    }
+
+    [[nodiscard]] std::string what_cannot_be_tracked()
+    {
+        const std::uint32_t id = must(guest_.hwpt_status(control_.hwpt)).in_the_way;
+        const auto device = must(guest_.device_info(id - 1));
+        return fmt::format("device {} ({}) does not set Dirty bits", device.id, device.name);
     }
 
     void attach_devices()
@@ -92,6 +109,8 @@ class Source
         move_on(Phase::attaching);
         shared_.source_bell.wait(
             [&] { return control_.attached.load(std::memory_order_seq_cst) == shared_.options.devices; });
+        if (shared_.options.tracking)
+            start_tracking();
         control_.start_ns = now_ns();
         if (mapper_)
             mapper_->start();
