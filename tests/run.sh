@@ -23,17 +23,23 @@ step()
     echo "== $*"
 }
 
+# build PRESET [OPTION...]
 build()
 {
-    step "build: $1"
+    step "build: $*"
     cmake --preset "$1" >/dev/null
-    cmake --build --preset "$1" --parallel "$jobs" -- --quiet
+    cmake --build --preset "$@" --parallel "$jobs" -- --quiet
 }
 
 step "format"
 git ls-files -z -co --exclude-standard '*.h' '*.hpp' '*.c' '*.cpp' | xargs -0 clang-format --dry-run -Werror
 
-build dev
+# Tests within one process run under both sanitizers; optimised, too, with --full.
+others=(--target others)
+not_others=(--label-exclude inprocess --exclude-regex _NOT_BUILT)
+[ -z "${DIRTYRING_FULL-}" ] || { others=() not_others=(); }
+
+build dev "${others[@]}"
 build clang
 
 # TSan of gcc 12 does not start where the kernel randomises more than 28 bits of addresses.
@@ -54,4 +60,4 @@ if [ -n "${DIRTYRING_FULL-}" ]; then
 fi
 
 step "test: dev"
-ctest --preset dev --parallel "$jobs"
+ctest --preset dev "${not_others[@]}" --parallel $((2 * jobs))
