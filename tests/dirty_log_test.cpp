@@ -32,7 +32,7 @@ TEST(DirtyLog, IsASet)
         const std::uint64_t p = centre + below(400) - 200;
         return p < pages ? p : centre;
     };
-    for (unsigned i = 0; i < 20'000; ++i) {
+    for (unsigned i = 0; i < 5'000; ++i) {
         const std::uint64_t first = place();
         if (below(2) == 0) {
             const std::uint64_t n = 1 + below(below(4) == 0 ? 300 : 4);
