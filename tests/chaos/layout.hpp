@@ -3,6 +3,7 @@
 // where its write went.
 #pragma once
 
+#include "ring/control.h"
 #include "ring/layout.h"
 
 #include <bit>
@@ -24,6 +25,7 @@ struct Layout {
     std::uint32_t leaf_lg2_max;
     std::uint32_t ring_entries;
     std::uint64_t block_size;
+    dr_split split; // of leaves of all sizes, which are collapsed when tracking ends
 
     [[nodiscard]] std::uint64_t memory() const { return (blocks + 1) * block_size; }
     [[nodiscard]] std::uint64_t pages() const { return memory() / page_size; }
@@ -49,9 +51,9 @@ struct Layout {
 
 // Guests are of these kinds in turn. Where there is one ring, no other ring's call can stand in for one that is lost.
 constexpr Layout layouts[] = {
-    {"OA, one ring", 1, DR_SPACE_OA, 12, 16, 64 * page_size},
-    {"IOVA", 2, DR_SPACE_IOVA, 12, 16, 64 * page_size},
-    {"IOVA, 2 MiB leaves", 2, DR_SPACE_IOVA, 21, 64, 512 * page_size},
+    {"OA, one ring", 1, DR_SPACE_OA, 12, 16, 64 * page_size, DR_SPLIT_NONE},
+    {"IOVA", 2, DR_SPACE_IOVA, 21, 16, 64 * page_size, DR_SPLIT_EAGER},
+    {"IOVA, 2 MiB leaves", 2, DR_SPACE_IOVA, 21, 64, 512 * page_size, DR_SPLIT_LAZY},
 };
 
 } // namespace dirtyring::chaos

@@ -74,6 +74,9 @@ void Vmm::set_up()
     attributes.aperture_lg2 = layout_.aperture_lg2();
     attributes.shards = layout_.shards;
     attributes.leaf_lg2_max = layout_.leaf_lg2_max;
+    attributes.all_sizes = 1;
+    attributes.split = layout_.split;
+    attributes.collapse = 1;
     attributes.space = layout_.space;
     attributes.ring_entries = layout_.ring_entries;
     check(dirtyring_hwpt_alloc(vm_, state_.ioas, &attributes, &state_.hwpt), "hwpt_alloc");
