@@ -395,8 +395,9 @@ template <Format F> class DmaThread
             rights.read &= e.rights.read;
             rights.write &= e.rights.write;
             if (e.kind == EntryKind::none)
-                return (breaking & 1) != 0 || view_.breaking(iova) != breaking ? FaultReason::stalled
-                                                                               : FaultReason::not_present;
+                return ((breaking & 1) != 0 || view_.breaking(iova) != breaking) && !fault(Fault::break_taken_for_fault)
+                           ? FaultReason::stalled
+                           : FaultReason::not_present;
             if (e.kind == EntryKind::table) {
                 if (e.address >= h.tables)
                     return FaultReason::table;

@@ -37,6 +37,7 @@ enum class Fault {
     sync_ignores_pins,      // a sync does not wait for pins
     no_grace_after_pins,    // a sync's pass begins as soon as the pins are gone
     death_ignores_pins,     // what a dead device had pinned is not reported
+    death_skips_begun,      // nor what it had pinned of a map that a restart has interrupted
     detach_stopped,         // a live device's cells are dropped by force
     no_want_kick,           // the walker sleeps before a full ring without asking for a kick
     no_second_look,         // the walker sleeps without looking again after setting its flag
@@ -45,6 +46,9 @@ enum class Fault {
     split_drops_dirty,      // a leaf that is split is taken for clean
     naive_replicated_split, // each part of a replicated leaf that is split is as dirty as the replica that was there
     replica_reported_alone, // a dirty replica reports what its entry spans
+    resized_not_summarized, // what a resize makes dirty is not summarized
+    resized_behind_pass,    // a pass goes on though a resize has moved D to where it has been
+    break_taken_for_fault,  // a device that finds no entry does not ask whether it is being replaced
     naive_collapse,         // the leaves of a table that is collapsed are not read again after the grace
     // restart
     restart_without_advance, // what devices have cached is left alone
@@ -82,6 +86,7 @@ enum class Fault {
     X(unmap_marked)                     \
     X(unmap_advanced)                   \
     X(unmap_forgotten)                  \
+    X(leaf_seen)                        \
     X(split_broken)                     \
     X(split_replica)                    \
     X(split_replicas)                   \

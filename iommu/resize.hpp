@@ -234,10 +234,13 @@ template <Format F> class Resizer
         }
         const Leaf leaf = slice_.find(r.at);
         const std::uint64_t entry = slice_.entry_for(e, leaf.iova, leaf.lg2);
+        bool dirty = false;
         for (unsigned i = 0; is_there(e, leaf) && i < leaf.replicas(); ++i) {
             if (!F::same_translation(std::atomic_ref(leaf.entries[i]).load(std::memory_order_relaxed), entry))
-                static_cast<void>(swap(leaf.entries[i], entry));
+                dirty |= swap(leaf.entries[i], entry);
         }
+        if (dirty)
+            tables_.mark(leaf.iova, level); // a replica's D is the leaf's, whoever has set it
         r.at = leaf.end();
         return leaf.replicas();
     }
@@ -336,6 +339,7 @@ template <Format F> class Resizer
         std::atomic_ref live(place);
         std::uint64_t seen = live.load(std::memory_order_seq_cst);
         const bool was = F::dirty(seen);
+        point(Point::leaf_seen);
         if (live.compare_exchange_strong(seen, was || is_accessed(seen) ? F::accessed(entry, was) : entry,
                                          std::memory_order_seq_cst))
             return was;

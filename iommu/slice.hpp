@@ -19,6 +19,7 @@
 #include <cassert>
 #include <cerrno>
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -83,6 +84,18 @@ template <Format F> class Slice
     {
         extents_.for_each(visit);
         std::for_each(begun_.begin(), begun_.end(), visit);
+    }
+
+    // The first of those in [start, end).
+    [[nodiscard]] std::optional<Extent> first_known_in(std::uint64_t start, std::uint64_t end) const
+    {
+        std::optional<Extent> first = extents_.first_in(start, end);
+        for (const Extent &e : begun_) {
+            if (e.start < end && e.end > start && (!first || e.start < first->start) &&
+                !fault(Fault::death_skips_begun))
+                first = e;
+        }
+        return first;
     }
 
     // ---- map and unmap -------------------------------------------------------------------------------------------
@@ -170,10 +183,12 @@ template <Format F> class Slice
             record_.part(next->tag); // of the same map perhaps, whose front is gone
         for (auto e = extents_.first_in(start, end); e; e = extents_.first_in(e->end, end)) {
             assert(e->start >= start);
-            if (e->end <= end)
+            if (e->end <= end) {
                 record_.remove(e->tag);
-            else
+            } else {
+                record_.part(e->tag);
                 record_.cut(e->tag, end);
+            }
         }
         extents_.erase(start, end);
         point(Point::unmap_forgotten);

@@ -45,8 +45,12 @@ template <Format F> class SliceTables
     void restore()
     {
         const std::uint64_t end = words() * 64;
-        for (std::uint64_t t = next_linked(first_[top_level - 1], end); t < end; t = next_linked(t + 1, end))
-            link_parent(t);
+        for (std::uint64_t t = next_linked(first_[top_level - 1], end); t < end; t = next_linked(t + 1, end)) {
+            const std::uint64_t link = link_to(t);
+            if (const std::uint64_t now = std::atomic_ref(parent_entry(t)).load(std::memory_order_relaxed);
+                now != link && now != F::accessed_table(link)) // A is the devices'
+                link_parent(t);
+        }
         // A root of this slice's own is always there, and so are those above it, which nobody walks. Their memory is there already.
         for (unsigned level = top_level; level > h_.root_level; --level) {
             if (const std::uint64_t table = number(start_, level - 1); !linked(table))
@@ -145,7 +149,7 @@ template <Format F> class SliceTables
     // Makes the parent's entry point to the table.
     void link_parent(std::uint64_t table)
     {
-        replace_leaf(table, [&](std::uint64_t) { return F::table(first_table_ + table, level_of(table)); });
+        replace_leaf(table, [&](std::uint64_t) { return link_to(table); });
     }
 
     // Puts replacement(what was there) into the parent's entry. If a leaf was there and dirty, the leaves of the table are, before anybody
@@ -156,6 +160,7 @@ template <Format F> class SliceTables
         std::uint64_t seen = parent.load(std::memory_order_seq_cst);
         if (F::dirty(seen) && !fault(Fault::split_drops_dirty))
             make_dirty(table);
+        point(Point::leaf_seen);
         if (parent.compare_exchange_strong(seen, replacement(seen), std::memory_order_seq_cst))
             return;
         make_dirty(table); // a device has set A or D meanwhile, or scribbles
@@ -223,13 +228,19 @@ template <Format F> class SliceTables
         std::atomic_ref(line_word(table)).store(~0ull, std::memory_order_seq_cst); // S4
         const std::uint64_t index = first_table_ + table;
         std::atomic_ref(tables_.table_bits(index / 64)).fetch_or(1ull << (index % 64), std::memory_order_seq_cst); // S4
+        dirtied_ = true;
     }
 
     // The summary of one entry, in the owner's name; after D (S4).
     void mark(std::uint64_t iova, unsigned level)
     {
-        static_cast<void>(mark_line(tables_, first_table_ + number(iova, level), entry_index(iova, level)));
+        if (!fault(Fault::resized_not_summarized))
+            static_cast<void>(mark_line(tables_, first_table_ + number(iova, level), entry_index(iova, level)));
+        dirtied_ = true;
     }
+
+    // Since it was asked last, D was set in the owner's name, or has moved: perhaps to where a pass has been.
+    [[nodiscard]] bool dirtied() { return std::exchange(dirtied_, false); }
 
     // ---- summary words ----
 
@@ -282,6 +293,11 @@ template <Format F> class SliceTables
         return h_.table_pages + ((first_table_ + table) << table_size_lg2);
     }
 
+    [[nodiscard]] std::uint64_t link_to(std::uint64_t table) const
+    {
+        return F::table(first_table_ + table, level_of(table));
+    }
+
     [[nodiscard]] std::uint64_t &parent_entry(std::uint64_t table) const
     {
         return entry(base(table), level_of(table) + 1);
@@ -310,6 +326,7 @@ template <Format F> class SliceTables
     std::array<std::uint64_t, top_level + 1> first_{}; // number of the first table of each level
     Bits present_;                                     // granules whose memory is there
     std::vector<std::uint64_t> retired_;               // unlinked, perhaps still walked
+    bool dirtied_ = false;
 };
 
 // Links the root to the top tables of an hwpt; the pages exist.

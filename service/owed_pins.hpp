@@ -32,7 +32,7 @@ template <iommu::Format F> class OwedPins
             return false;
         for (; budget > 0 && !ranges_.empty(); --budget) {
             Range &range = ranges_.back();
-            const auto extent = slice.extents().first_in(range.start, range.end);
+            const auto extent = slice.first_known_in(range.start, range.end);
             if (!extent) {
                 ranges_.pop_back();
                 continue;

@@ -389,10 +389,13 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         ring_->begin();
         swept_ = now_;
+        const bool dirtied = slice_.tables().dirtied();
         if (!pass_.running()) {
             pass_.begin(false);
             pass_began_ = now_;
             pass_found_ = false;
+        } else if (dirtied && !fault(Fault::resized_behind_pass)) {
+            pass_.begin(false); // a sync covers what was dirty before, wherever it is now
         }
         taken_.clear();
         taken_leaves_.clear();

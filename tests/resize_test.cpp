@@ -9,7 +9,9 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <cstddef>
 #include <random>
+#include <set>
 #include <thread>
 
 namespace dirtyring::test {
@@ -131,6 +133,29 @@ TEST_P(Resize, KeepsA)
     EXPECT_TRUE(rig.is_accessed(4 * MiB));
 }
 
+// The rest of a map, whose front is unmapped, is a map of its own, though another one be put in front of it.
+TEST(ResizeReplicas, MakeNoMapOfTwo)
+{
+    Rig rig({.all_sizes = true, .capacity = 16});
+    ASSERT_EQ(rig.map(4 * MiB, 8 * MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    ASSERT_EQ(rig.split(8 * MiB, 4 * MiB, 12), 0);
+    for (std::uint64_t at = 8 * MiB; at < 12 * MiB; at += 2 * P)
+        rig.write(0, at, 8);
+    const Op &unmap = rig.submit_unmap(4 * MiB, 8 * MiB);
+    ASSERT_TRUE(rig.run(unmap, false));
+    ASSERT_EQ(unmap.result, -EAGAIN);
+    ASSERT_GT(unmap.reached, 8 * MiB);
+    rig.note_unmapped(unmap);
+    ASSERT_EQ(rig.map(4 * MiB, unmap.reached - 4 * MiB, 4 * MiB), 0);
+    ASSERT_EQ(rig.split(4 * MiB, unmap.reached - 4 * MiB, 12), 0);
+    ASSERT_EQ(rig.unmap(unmap.reached, 12 * MiB - unmap.reached), 0);
+    EXPECT_EQ(rig.write(0, 8 * MiB, 8).reason, iommu::FaultReason::none);
+    EXPECT_EQ(rig.read(0, unmap.reached, 8).reason, iommu::FaultReason::not_present);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+}
+
 // ---- dirt ------------------------------------------------------------------------------------------------------------
 
 TEST_P(Resize, ReportsWhatWasDirtyThenWhatIsWritten)
@@ -214,14 +239,109 @@ std::uint64_t lost_at(const Kind &kind, Point where, Fault fault = Fault::none)
     return lost;
 }
 
-constexpr Point places[] = {Point::split_broken,    Point::split_replica,        Point::split_replicas,
-                            Point::split_limited,   Point::collapse_swapped,     Point::collapse_read,
-                            Point::map_table_noted, Point::walker_before_advance};
+constexpr Point places[] = {Point::leaf_seen,      Point::split_broken,    Point::split_replica,
+                            Point::split_replicas, Point::split_limited,   Point::collapse_swapped,
+                            Point::collapse_read,  Point::map_table_noted, Point::walker_before_advance};
 
 TEST_P(ResizeWithoutStall, LosesNothingWrittenMeanwhile)
 {
     for (const Point where : places)
         EXPECT_EQ(lost_at(GetParam(), where), 0u) << static_cast<int>(where);
+}
+
+// A device that only reads makes the compare-and-swap of a leaf fail, and the leaf dirty in the owner's name. Lost is what a device that
+// finds D set leaves to whoever has set it.
+std::uint64_t lost_when_read(const Kind &kind, Fault fault = Fault::none)
+{
+    RigOptions options = kind.options();
+    options.capacity = 4096;
+    Rig rig(options);
+    static_cast<void>(rig.map(4 * MiB, 64 * KiB, 4 * MiB));
+    static_cast<void>(rig.enable());
+    EXPECT_EQ(rig.split(4 * MiB, 64 * KiB, 12), 0);
+    const Breaking breaking(fault);
+    {
+        std::uint64_t next = 4 * MiB;
+        const Hook hook(
+            Point::leaf_seen,
+            [&] {
+                EXPECT_EQ(rig.read(0, next, 8).reason, iommu::FaultReason::none);
+                next += P;
+            },
+            Hook::Times::always);
+        EXPECT_EQ(rig.collapse(4 * MiB, 64 * KiB, 30), 0);
+        EXPECT_EQ(hook.fired(), kind.all_sizes);
+    }
+    for (std::uint64_t at = 4 * MiB; at < 4 * MiB + 64 * KiB; at += P)
+        rig.write(0, at, 8);
+    EXPECT_EQ(rig.sync(), 0);
+    return rig.lost();
+}
+
+TEST_P(ResizeWithoutStall, LosesNothingWhenLeavesAreReadMeanwhile)
+{
+    EXPECT_EQ(lost_when_read(GetParam()), 0u);
+}
+
+struct Step {
+    OpKind kind;
+    unsigned from; // log2 of leaves
+    unsigned to;
+};
+constexpr Step steps[] = {{OpKind::split, 30, 21},
+                          {OpKind::split, 21, 12},
+                          {OpKind::split, 16, 12},
+                          {OpKind::collapse, 12, 21},
+                          {OpKind::collapse, 21, 30}};
+
+// The pass of a sync waits for room in the middle of dirty leaves, which are resized meanwhile: some of their D is where the pass has been, and
+// the marker has to wait for it. How many of the leaves are not there before it.
+std::size_t missing_at_marker(const Kind &kind, const Step &step, Fault fault = Fault::none)
+{
+    RigOptions options = kind.options();
+    options.space = DR_SPACE_IOVA;
+    options.capacity = 16;
+    options.memory = GiB;
+    Rig rig(options);
+    const std::uint64_t leaf = 1ull << step.from;
+    const std::uint64_t block = 1ull << std::max(step.from, step.to);
+    const std::uint64_t length = std::max(block, 40 * leaf);
+    for (std::uint64_t at = block; at < block + length; at += block)
+        EXPECT_EQ(rig.map(at, block, 0), 0);
+    EXPECT_EQ(rig.enable(), 0);
+    EXPECT_EQ(rig.split(block, length, step.from), 0);
+    std::set<std::uint64_t> dirty;
+    for (std::uint64_t at = block; at < block + 40 * leaf; at += 2 * leaf) {
+        for (const std::uint64_t page :
+             {at + leaf - P, at}) { // the first finds the last replica, and marks it for both
+            rig.write(0, page, 8);
+            dirty.insert(page);
+        }
+    }
+    const Breaking breaking(fault);
+    const Op &sync = rig.submit(0, OpKind::sync);
+    rig.settle();
+    EXPECT_FALSE(sync.over());
+    const Op &resize = rig.submit_resize(step.kind, block, length, step.to);
+    rig.settle();
+    EXPECT_TRUE(resize.over());
+    for (bool marked = false; !marked; rig.step()) {
+        const auto entries = rig.consumer().peek();
+        for (const std::uint64_t e : entries) {
+            marked |= dr_is_marker(e);
+            if (!marked)
+                dirty.erase(dirty.lower_bound(dr_run_address(e)),
+                            dirty.lower_bound(dr_run_address(e) + dr_run_length(e)));
+        }
+        static_cast<void>(rig.consumer().release(entries.size()));
+    }
+    return dirty.size();
+}
+
+TEST_P(Resize, MovesNoDirtBehindThePassOfASync)
+{
+    for (const Step &step : steps)
+        EXPECT_EQ(missing_at_marker(GetParam(), step), 0u) << step.from << " to " << step.to;
 }
 
 // Devices and the owner in threads of their own.
@@ -273,6 +393,29 @@ TEST(ResizeBroken, LosesPages)
     EXPECT_GT(lost_anywhere(kinds[0], Fault::naive_collapse), 0u);
     EXPECT_GT(lost_anywhere(kinds[1], Fault::naive_replicated_split), 0u);
     EXPECT_GT(lost_anywhere(kinds[1], Fault::replica_reported_alone), 0u);
+    EXPECT_GT(lost_when_read(kinds[1], Fault::resized_not_summarized), 0u);
+    EXPECT_GT(missing_at_marker(kinds[1], steps[2], Fault::resized_behind_pass), 0u);
+    EXPECT_GT(missing_at_marker(kinds[0], steps[3], Fault::resized_behind_pass), 0u);
+    EXPECT_GT(missing_at_marker(kinds[0], steps[4], Fault::resized_behind_pass), 0u);
+}
+
+// Nobody else runs, so the entry stays away for as long as the device has patience.
+iommu::FaultReason read_while_broken(Fault fault)
+{
+    Rig rig(kinds[5].options());
+    static_cast<void>(rig.map(4 * MiB, 2 * MiB, 4 * MiB));
+    auto reason = iommu::FaultReason::none;
+    const Breaking breaking(fault);
+    const Hook hook(Point::split_broken, [&] { reason = rig.read(0, 5 * MiB, 8).reason; });
+    EXPECT_EQ(rig.split(4 * MiB, 2 * MiB, 12), 0);
+    EXPECT_TRUE(hook.fired());
+    return reason;
+}
+
+TEST(ResizeBroken, FaultsAtALeafThatIsBeingReplaced)
+{
+    EXPECT_EQ(read_while_broken(Fault::none), iommu::FaultReason::stalled);
+    EXPECT_EQ(read_while_broken(Fault::break_taken_for_fault), iommu::FaultReason::not_present);
 }
 
 // ---- no memory -----------------------------------------------------------------------------------------------------------

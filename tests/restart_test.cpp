@@ -271,6 +271,43 @@ TEST(Restart, ASyncWhoseMarkerIsThereNeedsNoRoom)
     EXPECT_FALSE(done_without_room());
 }
 
+// The service dies in the middle of a map, then a device with a pin in it; the map goes on.
+TEST(Restart, ReportsWhatADeadDeviceHadPinnedInAnInterruptedMap)
+{
+    const auto lost = [] {
+        Rig rig({.leaf_lg2_max = 12});
+        static_cast<void>(rig.enable());
+        const Op &map = rig.submit_map(0, MiB, 0);
+        DeathAt death(Point::map_leaf_stored, 100);
+        while (!death.came())
+            death.step(rig);
+        const Pin pin = rig.pin(1, 7 * P, P);
+        EXPECT_EQ(pin.error, 0);
+        rig.land(pin);
+        rig.bury(1);
+        EXPECT_TRUE(rig.run(map));
+        rig.note_mapped(map);
+        EXPECT_EQ(rig.sync(), 0);
+        return rig.lost();
+    };
+    EXPECT_EQ(lost(), 0u);
+    const Breaking breaking(Fault::death_skips_begun);
+    EXPECT_GT(lost(), 0u);
+}
+
+// A of table entries is the devices'.
+TEST(Restart, KeepsAOfTables)
+{
+    Rig rig({.format = iommu::VtdSs::id, .leaf_lg2_max = 12});
+    ASSERT_EQ(rig.map(0, MiB, 0), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    rig.read(0, 0, 8);
+    const std::uint64_t before = *rig.entry(0, 1);
+    ASSERT_EQ(before, iommu::VtdSs::accessed_table(before));
+    rig.restart();
+    EXPECT_EQ(*rig.entry(0, 1), before);
+}
+
 TEST(Restart, KeepsASleepingDeviceWaitingForNobody)
 {
     Rig rig({.leaf_lg2_max = 12});

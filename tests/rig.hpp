@@ -30,14 +30,13 @@ inline constexpr iommu::Rights read_write{true, true};
 
 #if defined(__SANITIZE_THREAD__)
 inline constexpr bool under_tsan = true;
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-inline constexpr bool under_tsan = true;
 #else
 inline constexpr bool under_tsan = false;
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool sanitized = true;
 #else
-inline constexpr bool under_tsan = false;
+inline constexpr bool sanitized = under_tsan;
 #endif
 
 using Harvest = service::ShardOp::Harvest;

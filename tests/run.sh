@@ -36,7 +36,7 @@ git ls-files -z -co --exclude-standard '*.h' '*.hpp' '*.c' '*.cpp' | xargs -0 cl
 
 # Tests within one process run under both sanitizers; optimised, too, with --full.
 others=(--target others)
-not_others=(--label-exclude inprocess --exclude-regex _NOT_BUILT)
+not_others=(--label-exclude '^inprocess$' --exclude-regex _NOT_BUILT)
 [ -z "${DIRTYRING_FULL-}" ] || { others=() not_others=(); }
 
 build dev "${others[@]}"

@@ -165,17 +165,29 @@ class Schedule
             if (state_[d].dead && !state_[d].buried && below(8) == 0)
                 bury(d);
         }
+        if (dies([this] {
+                for (std::uint64_t n = below(6) + 1; n > 0; --n)
+                    rig_.step(static_cast<unsigned>(below(rig_.shards())));
+            })) {
+            for (unsigned i = 0; i < rig_.shards(); ++i) {
+                while (dies([this, i] { rig_.restart(i); })) {
+                }
+            }
+        }
+        walking_ = false;
+    }
+
+    template <class Work> bool dies(Work work)
+    {
         const unsigned depth = depth_;
         try {
-            for (std::uint64_t n = below(6) + 1; n > 0; --n)
-                rig_.step(static_cast<unsigned>(below(rig_.shards())));
+            work();
+            return false;
         } catch (const ServiceDeath &) {
             depth_ = depth;
             ++restarts_;
-            for (unsigned i = 0; i < rig_.shards(); ++i)
-                rig_.restart(i);
+            return true;
         }
-        walking_ = false;
     }
 
     // ---- devices
