@@ -55,7 +55,7 @@ class FdList
         msg.msg_controllen = sizeof control_;
     }
 
-    // Takes what recvmsg brought. False: more came than a message may carry; the list holds them all, for the caller to close.
+    // Takes what recvmsg brought; not after it failed, when msg says nothing. False: more came than a message may carry; the list holds them all, for the caller to close.
     [[nodiscard]] bool take_from(msghdr &msg)
     {
         bool fits = (msg.msg_flags & MSG_CTRUNC) == 0;

@@ -23,10 +23,8 @@ std::vector<std::string_view> failed(std::span<const Check> checks, const std::s
     Verdicts verdicts(check::Role::service);
     for (const Check &c : checks)
         check::run(c, verdicts, socket, std::chrono::seconds(3));
-    auto numbers = verdicts.numbers(Outcome::fail);
-    if (testing::Test::HasFailure())
-        verdicts.print(stderr);
-    return numbers;
+    verdicts.print(stderr); // for who finds another number than expected
+    return verdicts.numbers(Outcome::fail);
 }
 
 const Check &find(std::span<const Check> checks, std::string_view name)
@@ -241,13 +239,20 @@ TEST_P(Breaks, IsNamed)
         }
     }
     ASSERT_EQ(checks.size(), GetParam().checks.size());
-    Service service;
-    GetParam().make(service);
-    Meddler meddler([&](Message &reply) { return service.replies(reply); },
-                    [&](Message &request) { return service.requests(request); });
-    if (service.keeps_connections)
-        meddler.keep_connections();
-    EXPECT_THAT(failed(checks, meddler.socket()), testing::ElementsAreArray(GetParam().broken));
+    const auto &broken = GetParam().broken;
+    std::vector<std::string_view> named;
+    for (int tries = 0; tries < 3 && named.size() < broken.size();
+         ++tries) { // a busy machine can hide a fault for once
+        Service service;
+        GetParam().make(service);
+        Meddler meddler([&](Message &reply) { return service.replies(reply); },
+                        [&](Message &request) { return service.requests(request); });
+        if (service.keeps_connections)
+            meddler.keep_connections();
+        named = failed(checks, meddler.socket());
+        ASSERT_THAT(named, testing::Each(testing::AnyOfArray(broken))) << "what it keeps";
+    }
+    EXPECT_THAT(named, testing::ElementsAreArray(broken));
 }
 
 // ---- messages --------------------------------------------------------------------------------------------------------

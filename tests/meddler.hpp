@@ -55,11 +55,11 @@ inline bool read_all(int socket, void *to, std::size_t size, Message &of)
         ring::FdList list;
         list.prepare(message);
         const ssize_t n = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+        if (n <= 0)
+            return false; // nothing has come, and the control buffer says nothing
         (void)list.take_from(message);
         for (unsigned i = 0; i < list.count(); ++i)
             of.fds.push_back(list.take(i));
-        if (n <= 0)
-            return false;
         ++of.pieces;
         done += static_cast<std::size_t>(n);
     }
@@ -113,19 +113,19 @@ class Meddler
         listener_ = Fd(need(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket"));
         need(::bind(listener_.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address), "bind");
         need(::listen(listener_.get(), 64), "listen");
-        threads_.emplace_back([this] { accept(); });
+        acceptor_ = std::thread([this] { accept(); });
     }
     ~Meddler()
     {
         ::shutdown(listener_.get(), SHUT_RDWR);
-        threads_.front().join(); // no more threads from here on
+        acceptor_.join(); // no more threads from here on
         {
             const std::lock_guard lock(mutex_);
             for (const int s : open_)
                 ::shutdown(s, SHUT_RDWR);
         }
-        for (std::size_t i = 1; i < threads_.size(); ++i)
-            threads_[i].join();
+        for (std::thread &t : threads_)
+            t.join();
         ::unlink(socket().c_str());
     }
 
@@ -183,7 +183,8 @@ class Meddler
     std::set<int> open_;
     std::atomic<bool> keeps_connections_ = false;
     std::vector<Fd> kept_;
-    std::vector<std::thread> threads_;
+    std::thread acceptor_;
+    std::vector<std::thread> threads_; // the acceptor's, as long as it runs
 };
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------
