@@ -50,6 +50,13 @@ struct Rights {
     bool operator==(const Rights &) const = default;
 };
 
+// What bits of an entry say something: it does where (entry & mask) == value.
+struct Pattern {
+    std::uint64_t mask;
+    std::uint64_t value;
+    [[nodiscard]] constexpr bool matches(std::uint64_t entry) const { return (entry & mask) == value; }
+};
+
 enum class EntryKind { none, table, leaf };
 
 struct Entry {
@@ -79,6 +86,9 @@ concept Format = requires(std::uint64_t entry, std::uint64_t &live, unsigned lev
     { F::accessed(entry, flag) } -> std::same_as<std::uint64_t>; // a leaf with A, and if asked and it may be written with D
     { F::accessed_table(entry) } -> std::same_as<std::uint64_t>; // a table entry with A, where such have it
     { F::dirty(entry) } -> std::same_as<bool>;               // a leaf with D
+    { F::leaf_dirty } -> std::convertible_to<Pattern>;       // the same of an entry that is a leaf, for many at once
+    { F::leaf_settled } -> std::convertible_to<Pattern>;     // D and A: hardware changes nothing in it any more
+    { F::dirty_flip } -> std::convertible_to<std::uint64_t>; // the bits in which a leaf with D differs from itself without
     { F::same_translation(entry, entry) } -> std::same_as<bool>; // but for A and D
     { F::make_clean(live) } -> std::same_as<void>;           // a live leaf with D; one RMW, seq_cst (S4)
     { F::make_dirty(live) } -> std::same_as<void>;           // a live leaf, if it may be written; one RMW, seq_cst

@@ -36,6 +36,9 @@ struct AmdV1 {
     static constexpr std::uint64_t address_mask = bits_between(granule_lg2, oa_lg2);
     static constexpr std::uint64_t read_bit = 1ull << 61;
     static constexpr std::uint64_t write_bit = 1ull << 62;
+    static constexpr Pattern leaf_dirty{present | dirty_bit, present | dirty_bit};
+    static constexpr Pattern leaf_settled{present | accessed_bit | dirty_bit, present | accessed_bit | dirty_bit};
+    static constexpr std::uint64_t dirty_flip = dirty_bit;
     static constexpr std::uint64_t nt = 0;
     static constexpr std::uint64_t had = 3ull << 7;
 

@@ -46,6 +46,10 @@ template <unsigned Stage> struct SmmuV3 {
     static constexpr std::uint64_t accessed_bit = 1ull << 10;
     static constexpr std::uint64_t nt = 1ull << 16; // of blocks only
     static constexpr std::uint64_t dbm = 1ull << 51;
+    static constexpr std::uint64_t valid = 1; // of both types
+    static constexpr Pattern leaf_dirty{valid | dbm | write_bit, valid | dbm | (stage_2 ? write_bit : 0)};
+    static constexpr Pattern leaf_settled{leaf_dirty.mask | accessed_bit, leaf_dirty.value | accessed_bit};
+    static constexpr std::uint64_t dirty_flip = write_bit;
     static constexpr std::uint64_t address_mask = bits_between(granule_lg2, oa_lg2);
     static constexpr std::uint64_t hd = 1ull << (stage_2 ? 183 - 128 : 42);
     static constexpr std::uint64_t ha = 1ull << (stage_2 ? 184 - 128 : 43);
@@ -98,11 +102,7 @@ template <unsigned Stage> struct SmmuV3 {
 
     static constexpr std::uint64_t accessed_table(std::uint64_t entry) { return entry; }
 
-    static constexpr bool dirty(std::uint64_t leaf)
-    {
-        constexpr std::uint64_t valid = 1; // of both types
-        return (leaf & (valid | dbm)) == (valid | dbm) && writes(leaf);
-    }
+    static constexpr bool dirty(std::uint64_t leaf) { return leaf_dirty.matches(leaf); }
 
     static constexpr bool same_translation(std::uint64_t a, std::uint64_t b)
     {

@@ -30,6 +30,9 @@ struct VtdSs {
     static constexpr std::uint64_t accessed_bit = 1ull << 8;
     static constexpr std::uint64_t dirty_bit = 1ull << 9;
     static constexpr std::uint64_t address_mask = bits_between(granule_lg2, oa_lg2);
+    static constexpr Pattern leaf_dirty{write_bit | dirty_bit, write_bit | dirty_bit};
+    static constexpr Pattern leaf_settled{write_bit | accessed_bit | dirty_bit, write_bit | accessed_bit | dirty_bit};
+    static constexpr std::uint64_t dirty_flip = dirty_bit;
     static constexpr std::uint64_t nt = 0;
     static constexpr std::uint64_t ssade = 1ull << 9;
 
@@ -74,7 +77,7 @@ struct VtdSs {
 
     static constexpr bool dirty(std::uint64_t leaf)
     {
-        return (leaf & dirty_bit) != 0 && (leaf & (read_bit | write_bit)) != 0;
+        return leaf_dirty.matches(leaf); // hardware sets D of what it may write
     }
 
     static constexpr bool same_translation(std::uint64_t a, std::uint64_t b)

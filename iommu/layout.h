@@ -50,7 +50,8 @@
  *   W take           table bits, then line words: exchange with 0             RMW-sc            (S4)
  *     read           leaves of the lines taken                                load-sc           (S4)
  *     stage          the runs                                                 (R2 of ring/layout.h)
- *     clear          D, where it was seen set; only A can come between        RMW, before the advance
+ *     clear          D, where it was seen set. Where A is set, too, no
+ *                    device has anything left to set: a store will do         store-release or RMW (S4), before the advance
  *     advance        generations of all regions the leaves overlap            RMW-sc            (S3)
  *     sample         cells, through the list read now                         load-sc           (S3)
  *     pass           each cell: even, or not the odd value sampled            load-acquire      (S1)

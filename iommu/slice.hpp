@@ -10,6 +10,7 @@
 #include "iommu/fault.hpp"
 #include "iommu/format.hpp"
 #include "iommu/geometry.hpp"
+#include "iommu/line_scan.hpp"
 #include "iommu/slice_record.hpp"
 #include "iommu/slice_tables.hpp"
 #include "iommu/summary.hpp"
@@ -25,14 +26,22 @@
 
 namespace dirtyring::iommu {
 
-// 8 entries that share a cache line and a summary bit.
-struct Line {
+// Lines of one table: bit n is line n, 8 entries that share a cache line and a summary bit.
+struct Lines {
+    std::uint32_t table; // its number
+    std::uint64_t mask;
+};
+
+// A table whose leaves are looked at.
+struct OpenTable {
     std::uint64_t *entries;
-    std::uint64_t iova;  // of entries[0]
-    unsigned entry_lg2;  // what each entry in it spans
-    std::uint8_t leaves; // which entries can be leaves
-    std::uint32_t table; // its number,
-    unsigned number;     // and that of the line in it
+    std::uint64_t iova; // of entries[0]
+    unsigned level;
+
+    [[nodiscard]] std::uint64_t iova_of(unsigned entry) const
+    {
+        return iova + (std::uint64_t{entry} << entry_lg2(level));
+    }
 };
 
 // One leaf, found by the owner's record.
@@ -267,28 +276,47 @@ template <Format F> class Slice
 
     // ---- summary and dirty lines ---------------------------------------------------------------------------------
 
-    // The first word of table bits from `i` on that matters; bit_words(): there is none.
+    // The first word of table bits from `i` on with tables that exist; bit_words(): there is none.
     [[nodiscard]] std::uint64_t next_word(std::uint64_t i) const { return record_.next_word(i); }
     [[nodiscard]] std::uint64_t bit_words() const { return record_.words(); }
+    // The first from `i` on in which a bit is set, too.
+    [[nodiscard]] std::uint64_t next_marked_word(std::uint64_t i) const
+    {
+        // 8 words that share a cache line are looked at together: nearly always there is nothing.
+        constexpr std::uint64_t group = 8;
+        for (i = next_word(i); i < bit_words(); i = next_word(i)) {
+            const std::uint64_t end = (i / group + 1) * group;
+            std::uint64_t any = 0;
+            for (std::uint64_t w = end - group; w < end; ++w)
+                any |= table_bits(w);
+            for (; any != 0 && i < end; ++i) {
+                if ((table_bits(i) & existing_tables(i)) != 0)
+                    return i;
+            }
+            i = end;
+        }
+        return bit_words();
+    }
 
-    [[nodiscard]] std::uint64_t take_tables(std::uint64_t i)
+    [[nodiscard]] std::uint64_t take_tables(std::uint64_t i) const
     {
         return take_bits(tables_.table_bits(i)) & existing_tables(i);
     }
 
-    [[nodiscard]] std::uint64_t take_lines(std::uint32_t table)
+    [[nodiscard]] std::uint64_t take_lines(std::uint32_t table) const
     {
         return take_bits(tables_.line_word(table)) & existing_lines(table);
     }
 
-    [[nodiscard]] bool any_table_bit() const
+    [[nodiscard]] bool any_table_bit() const { return next_marked_word(0) != bit_words(); }
+
+    // Both are about to be taken, or read.
+    void prefetch_word(std::uint32_t table) const { __builtin_prefetch(&tables_.line_word(table), 1); }
+    void prefetch(const Lines &lines) const
     {
-        for (std::uint64_t i = next_word(0); i < bit_words(); i = next_word(i + 1)) {
-            const std::uint64_t bits = std::atomic_ref(tables_.table_bits(i)).load(std::memory_order_seq_cst);
-            if ((bits & existing_tables(i)) != 0)
-                return true;
-        }
-        return false;
+        const std::uint64_t *entries = tables_.entries(lines.table);
+        for (std::uint64_t rest = lines.mask; rest != 0; rest &= rest - 1)
+            __builtin_prefetch(entries + static_cast<unsigned>(std::countr_zero(rest)) * line_entries, 1);
     }
 
     [[nodiscard]] std::uint64_t existing_tables(std::uint64_t i) const { return record_.linked_word(i); }
@@ -307,30 +335,30 @@ template <Format F> class Slice
         return (~0ull >> (63 - high)) & (~0ull << (entry_index(from, top_level) / line_entries));
     }
 
-    [[nodiscard]] Line line(std::uint32_t table, unsigned line) const
+    [[nodiscard]] OpenTable open(std::uint32_t table) const
     {
-        const unsigned level = tables_.level_of(table);
-        const unsigned first = line * line_entries;
-        const std::uint64_t iova = tables_.base(table) + (std::uint64_t{first} << entry_lg2(level));
-        return {tables_.entries(table) + first, iova, entry_lg2(level), leaves(level, iova), table, line};
+        return {tables_.entries(table), tables_.base(table), tables_.level_of(table)};
     }
 
-    // Which entries of the line are dirty. After its summary bit was taken (S4).
-    [[nodiscard]] static unsigned dirty(const Line &line)
+    // Which leaves of these lines are dirty, by their entries. After the lines' summary bits were taken (S4).
+    [[nodiscard]] EntrySet dirty(const OpenTable &table, std::uint64_t lines) const
     {
-        unsigned mask = 0;
-        for (unsigned i = 0; i < line_entries; ++i) {
-            if (F::dirty(std::atomic_ref(line.entries[i]).load(std::memory_order_seq_cst)))
-                mask |= 1u << i;
-        }
-        return mask & line.leaves;
+        EntrySet found = match(table.entries, lines, F::leaf_dirty);
+        if (table.level > 0)
+            found.keep_lines([&](unsigned line) { return leaves(table, line); });
+        return found;
     }
 
-    // What entry i of the line spans.
-    [[nodiscard]] static Leaf entry_alone(const Line &line, unsigned i)
+    // Each leaf of such a table is one entry.
+    [[nodiscard]] bool has_single_entries(const OpenTable &table) const
     {
-        return {line.entries + i, line.iova + (std::uint64_t{i} << line.entry_lg2), line.entry_lg2,
-                leaf_level(line.entry_lg2)};
+        return (sizes_ & bits_between(entry_lg2(table.level) + 1, entry_lg2(table.level + 1))) == 0;
+    }
+
+    // What entry i of the table spans.
+    [[nodiscard]] static Leaf entry_alone(const OpenTable &table, unsigned i)
+    {
+        return {table.entries + i, table.iova_of(i), entry_lg2(table.level), table.level};
     }
 
     // Has any of its replicas D?
@@ -343,28 +371,21 @@ template <Format F> class Slice
         return false;
     }
 
-    // The leaf that entry i of the line is of; where nothing is mapped, what the entry spans.
-    [[nodiscard]] Leaf leaf(const Line &line, unsigned i) const
+    // The leaf that entry i of the table is of; where nothing is mapped, what the entry spans.
+    [[nodiscard]] Leaf leaf(const OpenTable &table, unsigned i) const
     {
-        const Leaf alone = entry_alone(line, i);
-        return (sizes_ & bits_between(line.entry_lg2 + 1, line.entry_lg2 + table_lg2)) == 0
-                   ? alone
-                   : find(alone.iova, alone.level);
+        return has_single_entries(table) ? entry_alone(table, i) : find(table.iova_of(i), table.level);
     }
 
-    // Clears D of the entries in mask, which were seen dirty.
-    static void clean(const Line &line, unsigned mask)
-    {
-        for (; mask != 0; mask &= mask - 1)
-            F::make_clean(line.entries[std::countr_zero(mask)]);
-    }
+    // Clears D of the entries, which were seen dirty.
+    static void clean(const OpenTable &table, const EntrySet &dirty) { make_clean<F>(table.entries, dirty); }
 
     // Clears D wherever in the leaf's replicas it is.
     static void clean(const Leaf &leaf)
     {
         for (unsigned i = 0; i < leaf.replicas(); ++i) {
             if (F::dirty(std::atomic_ref(leaf.entries[i]).load(std::memory_order_seq_cst)))
-                F::make_clean(leaf.entries[i]);
+                make_clean<F>(leaf.entries[i]);
         }
     }
 
@@ -373,6 +394,11 @@ template <Format F> class Slice
     static void make_dirty(const Leaf &leaf) { F::make_dirty(*leaf.entries); }
 
   private:
+    [[nodiscard]] std::uint64_t table_bits(std::uint64_t i) const
+    {
+        return std::atomic_ref(tables_.table_bits(i)).load(std::memory_order_seq_cst); // S4, S5
+    }
+
     static std::uint64_t oa_of(const Extent &e, std::uint64_t iova) { return e.oa + (iova - e.start); }
 
     // The map that a restart has interrupted and that begins at `start`.
@@ -418,15 +444,14 @@ template <Format F> class Slice
         return any;
     }
 
-    // Which of the 8 entries at iova are this slice's, and no table hangs below them.
-    [[nodiscard]] std::uint8_t leaves(unsigned level, std::uint64_t iova) const
+    // Which of the 8 entries of the line are this slice's, and no table hangs below them.
+    [[nodiscard]] unsigned leaves(const OpenTable &table, unsigned line) const
     {
-        if (level == 0)
-            return 0xff;
-        std::uint8_t mask = 0;
-        for (unsigned i = 0; i < line_entries; ++i, iova += 1ull << entry_lg2(level)) {
-            if (iova >= start() && iova < end() && !tables_.table_below(iova, level))
-                mask = static_cast<std::uint8_t>(mask | 1u << i);
+        unsigned mask = 0;
+        for (unsigned i = 0; i < line_entries; ++i) {
+            const std::uint64_t iova = table.iova_of(line * line_entries + i);
+            if (iova >= start() && iova < end() && !tables_.table_below(iova, table.level))
+                mask |= 1u << i;
         }
         return mask;
     }

@@ -1,10 +1,13 @@
 // One pass over the dirty lines of a slice, in as many visits as it takes.
 //
-// What was taken from the summary and not finished stays here, and is visited before anything else, by this pass or the next.
+// What was taken from the summary and not finished stays here, and is visited before anything else, by this pass or the next. Some
+// tables are taken ahead, so that their lines are on their way while those before are looked at.
 #pragma once
 
 #include "iommu/slice.hpp"
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <optional>
@@ -27,57 +30,85 @@ template <iommu::Format F> class Pass
     // Drops what was taken.
     void abandon() { *this = {}; }
 
-    // The next line that may hold dirty leaves, for one unit of the budget, as is each table opened. Nothing: the pass is
-    // complete, or the budget is used up.
-    [[nodiscard]] std::optional<iommu::Line> next(iommu::Slice<F> &slice, unsigned &budget)
+    // The lines of the next table that may hold dirty leaves; each, and each table, is one unit of the budget. Nothing: the pass is complete,
+    // or the budget is used up.
+    [[nodiscard]] std::optional<iommu::Lines> next(const iommu::Slice<F> &slice, unsigned &budget)
     {
         while (budget > 0) {
-            lines_ &= slice.existing_lines(table_); // a map change may have taken the table away since
-            if (lines_ != 0) {
-                --budget;
-                const auto line = static_cast<unsigned>(std::countr_zero(lines_));
-                lines_ &= lines_ - 1;
-                return slice.line(table_, line);
-            }
-            if (tables_ != 0) {
-                --budget;
-                table_ = static_cast<std::uint32_t>(word_ * 64 + static_cast<unsigned>(std::countr_zero(tables_)));
-                tables_ &= tables_ - 1;
-                const std::uint64_t taken = slice.take_lines(table_);
-                lines_ = whole_tables_ ? slice.existing_lines(table_) : taken;
-                continue;
-            }
-            if (!running_ || (next_ = slice.next_word(next_)) >= slice.bit_words()) {
+            if (first_ == end_ && !take_ahead(slice)) {
                 running_ = false;
                 full_ = false;
                 return std::nullopt;
             }
+            iommu::Lines lines = ahead_[first_++];
+            lines.mask &= slice.existing_lines(lines.table); // a map change may have taken the table away since
+            budget -= std::min(budget, 1 + static_cast<unsigned>(std::popcount(lines.mask)));
+            if (lines.mask != 0)
+                return lines;
+        }
+        return std::nullopt;
+    }
+
+    // Of what next() gave last, these could not be finished: visit them again.
+    void put_back(const iommu::Lines &lines) { ahead_[--first_] = lines; }
+
+    // Lines taken and not finished, those of tables not opened yet counted as one each.
+    [[nodiscard]] std::uint64_t unfinished() const
+    {
+        auto n = static_cast<std::uint64_t>(std::popcount(tables_));
+        for (unsigned i = first_; i < end_; ++i)
+            n += static_cast<std::uint64_t>(std::popcount(ahead_[i].mask));
+        return n;
+    }
+
+  private:
+    static constexpr unsigned tables_ahead = 16;
+
+    // Takes the lines of some tables. False: there are none left.
+    bool take_ahead(const iommu::Slice<F> &slice)
+    {
+        std::array<bool, tables_ahead> whole; // visit all that exist
+        first_ = end_ = 0;
+        while (end_ < tables_ahead && (tables_ != 0 || take_word(slice))) {
+            const auto bit = static_cast<unsigned>(std::countr_zero(tables_));
+            tables_ &= tables_ - 1;
+            whole[end_] = whole_tables_;
+            ahead_[end_] = {static_cast<std::uint32_t>(word_ * 64 + bit), 0};
+            slice.prefetch_word(ahead_[end_++].table);
+        }
+        for (unsigned i = 0; i < end_; ++i) {
+            iommu::Lines &lines = ahead_[i];
+            const std::uint64_t taken = slice.take_lines(lines.table);
+            lines.mask = whole[i] ? slice.existing_lines(lines.table) : taken;
+            slice.prefetch(lines);
+        }
+        return end_ > 0;
+    }
+
+    // The next tables that may have dirty lines. False: that was all.
+    bool take_word(const iommu::Slice<F> &slice)
+    {
+        while (running_ && tables_ == 0) {
+            next_ = full_ ? slice.next_word(next_) : slice.next_marked_word(next_);
+            if (next_ >= slice.bit_words())
+                return false;
             word_ = next_++;
             const std::uint64_t taken = slice.take_tables(word_);
             whole_tables_ = full_;
             tables_ = whole_tables_ ? slice.existing_tables(word_) : taken;
         }
-        return std::nullopt;
+        return tables_ != 0;
     }
 
-    // The line could not be finished: visit it again.
-    void put_back(const iommu::Line &line) { lines_ |= 1ull << line.number; }
-
-    // Lines taken and not finished, those of tables not opened yet counted as one each.
-    [[nodiscard]] std::uint64_t unfinished() const
-    {
-        return static_cast<std::uint64_t>(std::popcount(lines_) + std::popcount(tables_));
-    }
-
-  private:
     bool running_ = false;
     bool full_ = false;         // the rest of this pass
     bool whole_tables_ = false; // what tables_ holds
     std::uint64_t next_ = 0;    // word of table bits
     std::uint64_t word_ = 0;
     std::uint64_t tables_ = 0; // of word_
-    std::uint32_t table_ = 0;
-    std::uint64_t lines_ = 0; // of table_
+    std::array<iommu::Lines, tables_ahead> ahead_{};
+    unsigned first_ = 0; // of ahead_, not visited yet
+    unsigned end_ = 0;
 };
 
 } // namespace dirtyring::service

@@ -7,6 +7,7 @@
 #include "service/run_writer.hpp"
 #include "service/shard.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -54,19 +55,26 @@ class Publisher
     // A new visit: what was found before has been staged.
     void begin() { runs_.emplace(ring_, slots_for_runs()); }
 
-    // not_mapped: a device has scribbled there; nothing is mapped, so nothing is reported.
+    // A leaf. not_mapped: a device has scribbled there; nothing is mapped, so nothing is reported.
     [[nodiscard]] Added add(std::uint64_t iova, std::uint64_t length)
     {
-        if (iova < last_.start || iova >= last_.end) {
-            const auto extent = extents_.first_in(iova, iova + 1);
-            if (!extent)
-                return Added::not_mapped;
-            last_ = *extent;
-        }
+        if (!find(iova))
+            return Added::not_mapped;
         if (!runs_->add(oa_space_ ? last_.oa + (iova - last_.start) : iova, length))
             return Added::no_room;
         counters_.pages += length >> DR_PAGE_LG2;
         return Added::yes;
+    }
+
+    // Pages next to each other; fewer than asked for if a map ends or begins among them.
+    [[nodiscard]] Added add_pages(std::uint64_t iova, unsigned &pages)
+    {
+        if (!find(iova)) {
+            pages = 1;
+            return Added::not_mapped;
+        }
+        pages = static_cast<unsigned>(std::min<std::uint64_t>(pages, (last_.end - iova) >> DR_PAGE_LG2));
+        return add(iova, std::uint64_t{pages} << DR_PAGE_LG2);
     }
 
     void stage() { counters_.runs += runs_->stage(); }
@@ -100,6 +108,17 @@ class Publisher
     }
 
   private:
+    // Makes last_ the extent in which iova lies. False: there is none.
+    [[nodiscard]] bool find(std::uint64_t iova)
+    {
+        if (iova - last_.start < last_.end - last_.start)
+            return true;
+        const auto extent = extents_.first_in(iova, iova + 1);
+        if (extent)
+            last_ = *extent;
+        return extent.has_value();
+    }
+
     ring::Producer<std::uint64_t> ring_;
     bool oa_space_;
     const iommu::ExtentMap &extents_;

@@ -18,8 +18,8 @@ class RunWriter
     [[nodiscard]] bool add(std::uint64_t address, std::uint64_t length)
     {
         const bool large = length >= large_unit && address % large_unit == 0;
-        const std::uint64_t unit = large ? large_unit : DR_PAGE;
-        std::uint64_t units = length / unit;
+        const unsigned unit_lg2 = large ? large_unit_lg2 : DR_PAGE_LG2;
+        std::uint64_t units = length >> unit_lg2;
         const bool grows = used_ > 0 && large == large_ && address == end_ && count_ + units <= DR_RUN_MAX;
         if (grows) {
             count_ += units;
@@ -28,7 +28,7 @@ class RunWriter
                 return false;
             while (units > DR_RUN_MAX) {
                 ring_.put(used_++, dr_run(address >> DR_PAGE_LG2, large, DR_RUN_MAX));
-                address += DR_RUN_MAX * unit;
+                address += std::uint64_t{DR_RUN_MAX} << unit_lg2;
                 units -= DR_RUN_MAX;
             }
             used_++;
@@ -36,7 +36,7 @@ class RunWriter
             large_ = large;
             count_ = units;
         }
-        end_ = first_ + count_ * unit;
+        end_ = first_ + (count_ << unit_lg2);
         ring_.put(used_ - 1, dr_run(first_ >> DR_PAGE_LG2, large_, static_cast<std::uint32_t>(count_)));
         return true;
     }
@@ -53,7 +53,8 @@ class RunWriter
     }
 
   private:
-    static constexpr std::uint64_t large_unit = std::uint64_t{DR_PAGE} << DR_LARGE_UNIT_LG2;
+    static constexpr unsigned large_unit_lg2 = DR_PAGE_LG2 + DR_LARGE_UNIT_LG2;
+    static constexpr std::uint64_t large_unit = 1ull << large_unit_lg2;
 
     ring::Producer<std::uint64_t> &ring_;
     std::uint64_t slots_;

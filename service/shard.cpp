@@ -3,6 +3,7 @@
 #include "iommu/formats.hpp"
 #include "iommu/invalidation.hpp"
 #include "iommu/slice.hpp"
+#include "service/batch.hpp"
 #include "service/leaf_sizes.hpp"
 #include "service/leaf_taker.hpp"
 #include "service/op_queue.hpp"
@@ -22,8 +23,7 @@ namespace dirtyring::service {
 namespace {
 
 using iommu::Extent;
-using iommu::Leaf;
-using iommu::Line;
+using iommu::Lines;
 
 // A visit ends after this many lines and tables, or leaves: some 50 µs.
 constexpr unsigned visit_lines = 2048;
@@ -50,7 +50,7 @@ template <iommu::Format F> class ShardOf final : public Shard
           sizes_(slice_, invalidation_, config.leaves, *config.control), control_(config.control),
           noted_(1ull << config.index), always_on_(config.producer != nullptr && (F::always_on || config.always_on)),
           min_interval_ns_(config.min_interval_ns), stall_ns_(config.stall_ns), stalled_(std::move(config.stalled)),
-          ops_(*config.control)
+          batch_(slice_, invalidation_, sizes_), ops_(*config.control)
     {
         if (config.producer != nullptr)
             ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
@@ -196,10 +196,6 @@ template <iommu::Format F> class ShardOf final : public Shard
         std::size_t before;   // of those, how many are not finished
         SyncPhase phase;
         iommu::PinWait pins;
-    };
-    struct Taken {
-        Line line;
-        unsigned mask;
     };
     // What the end of the running grace period brings.
     struct After {
@@ -397,48 +393,26 @@ template <iommu::Format F> class ShardOf final : public Shard
         } else if (dirtied && !fault(Fault::resized_behind_pass)) {
             pass_.begin(false); // a sync covers what was dirty before, wherever it is now
         }
-        taken_.clear();
-        taken_leaves_.clear();
+        batch_.begin();
         bool full = false;
         unsigned budget = visit_lines;
         while (!full) {
-            const std::optional<Line> line = pass_.next(slice_, budget);
-            if (!line)
+            const std::optional<Lines> lines = pass_.next(slice_, budget);
+            if (!lines)
                 break;
-            unsigned mask = 0;
-            for (unsigned dirty = slice_.dirty(*line); dirty != 0 && !full; dirty &= dirty - 1) {
-                const auto i = static_cast<unsigned>(std::countr_zero(dirty));
-                const Leaf leaf =
-                    fault(Fault::replica_reported_alone) ? slice_.entry_alone(*line, i) : slice_.leaf(*line, i);
-                if (leaf.replicas() > 1 && !taken_leaves_.empty() && taken_leaves_.back().entries == leaf.entries)
-                    continue; // by another replica
-                const Publisher::Added added = ring_->add(leaf.iova, leaf.length());
-                full = added == Publisher::Added::no_room;
-                if (added != Publisher::Added::yes)
-                    continue;
-                if (leaf.replicas() > 1)
-                    taken_leaves_.push_back(leaf);
-                else
-                    mask |= 1u << i;
-                invalidation_.touch(leaf.iova, leaf.length());
-                sizes_.reported(leaf);
+            if (const std::uint64_t left = batch_.collect(*lines, *ring_); left != 0) {
+                pass_.put_back({lines->table, left});
+                full = true;
             }
-            if (mask != 0)
-                taken_.push_back({*line, mask});
-            if (full)
-                pass_.put_back(*line);
         }
         ring_->note_full(full, pass_.unfinished(), now_);
-        if (taken_.empty() && taken_leaves_.empty())
+        if (batch_.empty())
             return (full && publish()) || budget == 0; // a consumer cannot make room of what it does not see
         pass_found_ = true;
         if (!fault(Fault::clear_before_stage))
             ring_->stage();
         point(Point::sweep_staged);
-        for (const Taken &t : taken_)
-            slice_.clean(t.line, t.mask);
-        for (const Leaf &leaf : taken_leaves_)
-            slice_.clean(leaf);
+        batch_.clean();
         point(Point::sweep_cleared);
         if (fault(Fault::clear_before_stage))
             ring_->stage();
@@ -660,8 +634,10 @@ template <iommu::Format F> class ShardOf final : public Shard
             pass_.begin(true);
         }
         unsigned budget = visit_lines;
-        while (const std::optional<Line> line = pass_.next(slice_, budget))
-            slice_.clean(*line, slice_.dirty(*line));
+        while (const std::optional<Lines> lines = pass_.next(slice_, budget)) {
+            const iommu::OpenTable table = slice_.open(lines->table);
+            slice_.clean(table, slice_.dirty(table, lines->mask));
+        }
         if (pass_.running())
             return;
         cleaning_ = false;
@@ -728,10 +704,9 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     Pass<F> pass_;
     bool pass_found_ = false;
-    std::uint64_t pass_began_ = 0;   // ns
-    std::uint64_t swept_ = 0;        // ns
-    std::vector<Taken> taken_;       // lines of the batch being made,
-    std::vector<Leaf> taken_leaves_; // and leaves in replicas
+    std::uint64_t pass_began_ = 0; // ns
+    std::uint64_t swept_ = 0;      // ns
+    Batch<F> batch_;
 
     OwedPins<F> owed_;
     std::vector<std::function<void()>> reported_; // to be told when nothing is owed

@@ -1,12 +1,16 @@
 // Formats, bit by bit, and what every one of them must keep to.
 #include "iommu/formats.hpp"
 #include "iommu/geometry.hpp"
+#include "iommu/line_scan.hpp"
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace dirtyring::iommu {
 namespace {
@@ -290,6 +294,80 @@ TYPED_TEST(Conformance, DirtyIsMadeAndUnmade)
             EXPECT_EQ(live, clean) << "A stays as it was";
         }
     });
+}
+
+// What scans go by says the same of leaves.
+TYPED_TEST(Conformance, PatternsAreThoseOfAAndD)
+{
+    using F = TypeParam;
+    this->for_sizes([&](unsigned, unsigned lg2) {
+        for (const Rights rights : all_rights) {
+            const std::uint64_t leaf = F::leaf(this->random_oa(lg2), lg2, rights);
+            for (const std::uint64_t e : {leaf, F::accessed(leaf, false), F::accessed(leaf, true)}) {
+                EXPECT_EQ(F::leaf_dirty.matches(e), F::dirty(e));
+                EXPECT_EQ(F::leaf_settled.matches(e), F::dirty(e)) << "hardware sets A with D";
+            }
+            std::uint64_t live = leaf;
+            F::make_dirty(live);
+            EXPECT_EQ(F::leaf_dirty.matches(live), F::dirty(live));
+            EXPECT_FALSE(F::leaf_settled.matches(live)) << "D alone is the owner's";
+            if (F::dirty(live)) {
+                EXPECT_EQ(live ^ F::dirty_flip, leaf);
+            }
+        }
+    });
+    EXPECT_FALSE(F::leaf_dirty.matches(0));
+}
+
+// Whatever instructions it uses, a scan finds what one entry after the other does, in the lines asked for.
+TYPED_TEST(Conformance, ScansFindAndCleanWhatIsDirty)
+{
+    using F = TypeParam;
+    using Scan = void (*)(std::uint64_t *, std::uint64_t, Pattern, EntrySet &);
+    std::vector<std::pair<const char *, Scan>> scans{{"scalar", scan::match}};
+#if DIRTYRING_VECTORS
+    if (scan::has_avx2)
+        scans.emplace_back("avx2",
+                           [](auto *e, auto lines, Pattern p, EntrySet &f) { scan::match_avx2(e, lines, p, f); });
+    if (scan::has_avx512)
+        scans.emplace_back("avx512",
+                           [](auto *e, auto lines, Pattern p, EntrySet &f) { scan::match_avx512(e, lines, p, f); });
+#endif
+    alignas(64) std::array<std::uint64_t, table_entries> table;
+    for (const unsigned one_in : {1u, 2u, 10u, 100u}) {
+        for (unsigned round = 0; round < 50; ++round) {
+            std::vector<bool> dirty(table_entries);
+            for (unsigned i = 0; i < table_entries; ++i) {
+                const std::uint64_t leaf = F::leaf(this->random_oa(12), 12, read_write);
+                const std::uint64_t kinds[] = {0, leaf, F::accessed(leaf, false)};
+                table[i] = kinds[this->random_() % 3];
+                if (this->random_() % one_in == 0) {
+                    table[i] = F::accessed(leaf, true);
+                    if (this->random_() % 8 == 0)
+                        F::make_dirty(table[i] = leaf); // in the owner's name, without A
+                }
+                dirty[i] = F::dirty(table[i]);
+            }
+            const std::uint64_t lines = round == 0 ? ~0ull : this->random_();
+            const auto wanted = [&](unsigned i) { return dirty[i] && (lines >> (i / line_entries) & 1) != 0; };
+            for (const auto &[name, scan] : scans) {
+                EntrySet found;
+                scan(table.data(), lines, F::leaf_dirty, found);
+                std::uint64_t nonempty = 0;
+                for (unsigned i = 0; i < table_entries; ++i) {
+                    ASSERT_EQ((found.word(i / 64) >> (i % 64) & 1) != 0, wanted(i)) << name << ' ' << i;
+                    ASSERT_EQ((found.line(i / line_entries) >> (i % line_entries) & 1) != 0, wanted(i));
+                    nonempty |= wanted(i) ? bit(i / line_entries) : 0;
+                }
+                EXPECT_EQ(found.lines(), nonempty);
+                EXPECT_EQ(found.any(), nonempty != 0);
+            }
+            const auto before = table;
+            make_clean<F>(table.data(), match(table.data(), lines, F::leaf_dirty));
+            for (unsigned i = 0; i < table_entries; ++i)
+                ASSERT_EQ(table[i], wanted(i) ? before[i] ^ F::dirty_flip : before[i]) << i;
+        }
+    }
 }
 
 // What cannot be written is never dirty, and does not come to be writable by it.

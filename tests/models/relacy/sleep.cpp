@@ -183,7 +183,7 @@ Suite doorbell()
                 {"asleep_release", "S5", Fault::none, {{asleep, store, release}}},
                 {"asleep_acquire", "S5", Fault::none, {{asleep, load, acquire}}},
                 {"table_set_acq_rel", "S5", Fault::none, {{table, rmw, acq_rel, seq_cst, "test_and_set"}}},
-                {"second_look_acquire", "S5", Fault::none, {{table, load, acquire, seq_cst, "any_table_bit"}}},
+                {"second_look_acquire", "S5", Fault::none, {{table, load, acquire, seq_cst, "table_bits"}}},
             }};
 }
 

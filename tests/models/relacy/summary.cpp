@@ -129,7 +129,13 @@ Suite summary()
                 {"leaf_read_acquire",
                  "S4",
                  Fault::none,
-                 {{leaf0, load, acquire, seq_cst, "dirty"}, {leaf1, load, acquire, seq_cst, "dirty"}}},
+                 {{leaf0, load, acquire, seq_cst, "match"}, {leaf1, load, acquire, seq_cst, "match"}}},
+                {"clear_relaxed",
+                 "S4",
+                 Fault::none,
+                 {{leaf0, store, relaxed, release, "make_clean"}, {leaf1, store, relaxed, release, "make_clean"}},
+                 {},
+                 "no device here marks a leaf that was cleaned and whose region is not advanced yet"},
             }};
 }
 
