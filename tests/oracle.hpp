@@ -5,6 +5,8 @@
 
 #include "tests/rig.hpp"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cstdint>
@@ -60,6 +62,8 @@ class Oracle
     iommu::FaultReason write(unsigned device, Write &w, unsigned block, std::uint64_t page)
     {
         const std::uint64_t offset = page * page_size + device * slot_size;
+        for (unsigned place = 0; place < Layout::places; ++place)
+            touch((Layout::oa(block, place) + offset) / page_size);
         std::uint64_t data[slot_size / 8];
         std::fill(std::begin(data), std::end(data), w.stamp);
         const iommu::DmaFault f = rig_.device(device).write(layout_.iova(block) + offset, data, slot_size);
@@ -84,8 +88,9 @@ class Oracle
         Write w = begin(device);
         std::uint64_t data[slot_size / 8];
         std::fill(std::begin(data), std::end(data), w.stamp);
-        std::memcpy(pin.pieces.front().data(), data, slot_size);
         w.oas.push_back(static_cast<std::uint64_t>(pin.pieces.front().data() - rig_.source.data()) / page_size);
+        touch(w.oas.back());
+        std::memcpy(pin.pieces.front().data(), data, slot_size);
         return w;
     }
 
@@ -104,16 +109,22 @@ class Oracle
 
     // ---- the VMM's side
 
-    // What was complete at this moment.
-    using Snapshot = std::vector<std::uint64_t>;
+    // What was complete at this moment: the last write of a device to a page.
+    struct Complete {
+        unsigned device;
+        std::uint64_t page;
+        std::uint64_t stamp;
+    };
+    using Snapshot = std::vector<Complete>;
     [[nodiscard]] Snapshot completed() const
     {
         Snapshot s;
-        s.reserve(journals_.size() * pages);
-        for (const Journal &j : journals_) {
-            for (std::uint64_t page = 0; page < pages; ++page)
-                s.push_back(j.done[page].load(std::memory_order_acquire));
-        }
+        for_each_touched([&](std::uint64_t page) {
+            for (unsigned d = 0; d < journals_.size(); ++d) {
+                if (const std::uint64_t stamp = journals_[d].done[page].load(std::memory_order_acquire); stamp != 0)
+                    s.push_back({d, page, stamp});
+            }
+        });
         return s;
     }
 
@@ -131,20 +142,12 @@ class Oracle
     [[nodiscard]] std::uint64_t missing(const Snapshot &s) const
     {
         std::uint64_t n = 0;
-        for (unsigned d = 0; d < journals_.size(); ++d) {
-            for (std::uint64_t page = 0; page < pages; ++page) {
-                const std::uint64_t wanted = s[d * pages + page];
-                if (wanted == 0 || wanted <= journals_[d].forgiven[page])
-                    continue;
-                const auto *slot =
-                    reinterpret_cast<const std::uint64_t *>(rig_.destination.data() + page * page_size + d * slot_size);
-                for (std::uint64_t i = 0; i < slot_size / 8; ++i) {
-                    if (slot[i] < wanted) {
-                        ++n;
-                        break;
-                    }
-                }
-            }
+        for (const Complete &c : s) {
+            if (c.stamp <= journals_[c.device].forgiven[c.page])
+                continue;
+            const auto *slot = reinterpret_cast<const std::uint64_t *>(rig_.destination.data() + c.page * page_size +
+                                                                       c.device * slot_size);
+            n += std::any_of(slot, slot + slot_size / 8, [&](std::uint64_t word) { return word < c.stamp; }) ? 1 : 0;
         }
         return n;
     }
@@ -162,11 +165,28 @@ class Oracle
     // Copies everything: tracking has just begun.
     void copy_all()
     {
-        for (std::uint64_t at = 0; at < Layout::memory; at += page_size)
-            copy_page(rig_.destination.data() + at, rig_.source.data() + at);
+        for_each_touched([&](std::uint64_t page) {
+            copy_page(rig_.destination.data() + page * page_size, rig_.source.data() + page * page_size);
+        });
     }
 
   private:
+    // Most of the memory is never written, and nobody needs to look at that.
+    static constexpr std::uint64_t piece = 64; // pages
+
+    // Before it is written.
+    void touch(std::uint64_t page) { touched_[page / piece].store(true, std::memory_order_relaxed); }
+
+    template <class Call> void for_each_touched(Call call) const
+    {
+        for (std::uint64_t i = 0; i < pages / piece; ++i) {
+            if (!touched_[i].load(std::memory_order_acquire))
+                continue;
+            for (std::uint64_t page = i * piece; page < (i + 1) * piece; ++page)
+                call(page);
+        }
+    }
+
     struct Journal {
         std::unique_ptr<std::atomic<std::uint64_t>[]> done; // by page: the last write complete
         std::vector<std::uint64_t> forgiven = std::vector<std::uint64_t>(pages, 0);
@@ -177,6 +197,7 @@ class Oracle
     Rig &rig_;
     Layout layout_;
     std::vector<Journal> journals_;
+    std::array<std::atomic<bool>, pages / piece> touched_{};
 };
 
 // From DIRTYRING_SEED, or the given one; printed.
