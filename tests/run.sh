@@ -34,7 +34,7 @@ build()
 step "format"
 git ls-files -z -co --exclude-standard '*.h' '*.hpp' '*.c' '*.cpp' | xargs -0 clang-format --dry-run -Werror
 
-# Tests within one process run under both sanitizers; optimised, too, with --full.
+# Tests within one process run under the sanitizers; optimised, too, with --full.
 others=(--target others)
 not_others=(--label-exclude '^inprocess$' --exclude-regex _NOT_BUILT)
 [ -z "${DIRTYRING_FULL-}" ] || { others=() not_others=(); }
