@@ -34,10 +34,12 @@ build()
 step "format"
 git ls-files -z -co --exclude-standard '*.h' '*.hpp' '*.c' '*.cpp' | xargs -0 clang-format --dry-run -Werror
 
-# Tests within one process run under the sanitizers; optimised, too, with --full.
+# Tests within one process run under the sanitizers, those with one thread not under TSan. With --full all of them run everywhere.
 others=(--target others)
 not_others=(--label-exclude '^inprocess$' --exclude-regex _NOT_BUILT)
-[ -z "${DIRTYRING_FULL-}" ] || { others=() not_others=(); }
+inprocess=(--target inprocess)
+not_one_thread=(--label-exclude one_thread)
+[ -z "${DIRTYRING_FULL-}" ] || { others=() not_others=() inprocess+=(inprocess_one_thread) not_one_thread=(); }
 
 build dev "${others[@]}"
 build clang
@@ -46,9 +48,9 @@ build clang
 fixed_addresses=()
 ! setarch -R true 2>/dev/null || fixed_addresses=(setarch -R)
 for preset in tsan asan-ubsan; do
-    build $preset
+    build $preset "${inprocess[@]}"
     step "test: $preset"
-    "${fixed_addresses[@]}" ctest --preset $preset --parallel "$jobs"
+    "${fixed_addresses[@]}" ctest --preset $preset "${not_one_thread[@]}" --parallel "$jobs"
 done
 
 if [ -n "${DIRTYRING_FULL-}" ]; then
