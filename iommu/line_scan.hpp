@@ -43,6 +43,25 @@ class EntrySet
         }
     }
 
+    // Calls keep(first, n) for each stretch of n entries of a word, which may make n smaller; those for which it says no go.
+    template <class Keep> void keep_stretches(Keep keep)
+    {
+        for (unsigned w = 0; w < words; ++w) {
+            for (std::uint64_t rest = words_[w]; rest != 0;) {
+                const auto first = static_cast<unsigned>(std::countr_zero(rest));
+                auto n = static_cast<unsigned>(std::countr_one(rest >> first));
+                const bool kept = keep(w * 64 + first, n);
+                const std::uint64_t these = ~0ull >> (64 - n) << first;
+                rest &= ~these;
+                if (!kept)
+                    words_[w] &= ~these;
+            }
+        }
+    }
+
+    // [first, first + n), within one word.
+    void add(unsigned first, unsigned n) { words_[first / 64] |= ~0ull >> (64 - n) << (first % 64); }
+
     [[nodiscard]] bool any() const
     {
         std::uint64_t all = 0;

@@ -7,7 +7,6 @@
 #include "service/leaf_sizes.hpp"
 #include "service/publisher.hpp"
 
-#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -63,64 +62,44 @@ template <iommu::Format F> class Batch
     {
         invalidation_.touch(table.iova, std::uint64_t{iommu::table_entries} << iommu::granule_lg2);
         iommu::EntrySet left;
-        for (unsigned w = 0; w < iommu::EntrySet::words; ++w) {
-            std::uint64_t added = dirty.word(w);
-            for (std::uint64_t rest = added; rest != 0;) {
-                const auto first = static_cast<unsigned>(std::countr_zero(rest));
-                auto pages = static_cast<unsigned>(std::countr_one(rest >> first));
-                const Publisher::Added result = ring.add_pages(table.iova_of(w * 64 + first), pages);
-                if (result == Publisher::Added::no_room) {
-                    left.set_word(w, rest);
-                    for (unsigned later = w + 1; later < iommu::EntrySet::words; ++later) {
-                        left.set_word(later, dirty.word(later));
-                        dirty.set_word(later, 0);
-                    }
-                    dirty.set_word(w, added & ~rest);
-                    return left;
-                }
-                const std::uint64_t these = ~0ull >> (64 - pages) << first;
-                rest &= ~these;
-                if (result == Publisher::Added::not_mapped)
-                    added &= ~these;
+        bool full = false;
+        dirty.keep_stretches([&](unsigned first, unsigned &pages) {
+            const Publisher::Added result =
+                full ? Publisher::Added::no_room : ring.add_pages(table.iova_of(first), pages);
+            if (result == Publisher::Added::no_room) {
+                full = true;
+                left.add(first, pages);
             }
-            dirty.set_word(w, added);
-        }
+            return result == Publisher::Added::yes;
+        });
         return left;
     }
 
-    // The same for entries of other sizes; replicas are of one leaf.
+    // The same for entries of other sizes, one by one; all replicas are one leaf.
     iommu::EntrySet collect_leaves(const iommu::OpenTable &table, iommu::EntrySet &dirty, Publisher &ring)
     {
         iommu::EntrySet left;
         bool full = false;
-        for (unsigned w = 0; w < iommu::EntrySet::words; ++w) {
-            std::uint64_t added = dirty.word(w);
-            for (std::uint64_t rest = added; rest != 0; rest &= rest - 1) {
-                const std::uint64_t bit = rest & -rest;
-                const unsigned i = w * 64 + static_cast<unsigned>(std::countr_zero(rest));
-                const iommu::Leaf leaf =
-                    fault(Fault::replica_reported_alone) ? slice_.entry_alone(table, i) : slice_.leaf(table, i);
-                const bool replicas = leaf.replicas() > 1;
-                if (replicas || full)
-                    added &= ~bit;
-                if (replicas && !leaves_.empty() && leaves_.back().entries == leaf.entries)
-                    continue; // by another replica
-                const Publisher::Added result = full ? Publisher::Added::no_room : ring.add(leaf.iova, leaf.length());
-                if (result == Publisher::Added::yes) {
-                    if (replicas)
-                        leaves_.push_back(leaf);
-                    invalidation_.touch(leaf.iova, leaf.length());
-                    sizes_.reported(leaf);
-                    continue;
-                }
-                added &= ~bit;
-                if (result == Publisher::Added::no_room) {
-                    full = true;
-                    left.set_word(w, left.word(w) | bit);
-                }
+        dirty.keep_stretches([&](unsigned i, unsigned &entries) {
+            entries = 1;
+            const iommu::Leaf leaf =
+                fault(Fault::replica_reported_alone) ? slice_.entry_alone(table, i) : slice_.leaf(table, i);
+            const bool replicas = leaf.replicas() > 1;
+            if (replicas && !leaves_.empty() && leaves_.back().entries == leaf.entries)
+                return false; // by another replica
+            const Publisher::Added result = full ? Publisher::Added::no_room : ring.add(leaf.iova, leaf.length());
+            if (result == Publisher::Added::no_room) {
+                full = true;
+                left.add(i, 1);
             }
-            dirty.set_word(w, added);
-        }
+            if (result != Publisher::Added::yes)
+                return false;
+            invalidation_.touch(leaf.iova, leaf.length());
+            sizes_.reported(leaf);
+            if (replicas)
+                leaves_.push_back(leaf);
+            return !replicas;
+        });
         return left;
     }
 
