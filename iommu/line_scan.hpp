@@ -46,7 +46,11 @@ class EntrySet
     // Calls keep(first, n) for each stretch of n entries of a word, which may make n smaller; those for which it says no go.
     template <class Keep> void keep_stretches(Keep keep)
     {
-        for (unsigned w = 0; w < words; ++w) {
+        unsigned occupied = 0; // words: one misprediction for all that are empty
+        for (unsigned w = 0; w < words; ++w)
+            occupied |= static_cast<unsigned>(words_[w] != 0) << w;
+        for (; occupied != 0; occupied &= occupied - 1) {
+            const auto w = static_cast<unsigned>(std::countr_zero(occupied));
             for (std::uint64_t rest = words_[w]; rest != 0;) {
                 const auto first = static_cast<unsigned>(std::countr_zero(rest));
                 auto n = static_cast<unsigned>(std::countr_one(rest >> first));
