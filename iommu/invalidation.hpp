@@ -6,6 +6,7 @@
 #include "iommu/layout.h"
 #include "iommu/section.hpp"
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -36,7 +37,10 @@ class Invalidation
         before_advance();
         for (const std::uint64_t region : touched_)
             advance(generations_[region]);
-        touched_.clear();
+        if (touched_.capacity() > regions_kept)
+            touched_ = {}; // enabling touches everything; a sweep never does
+        else
+            touched_.clear();
         if (!fault(Fault::sample_before_advance))
             grace_.begin(cells_);
     }
@@ -58,6 +62,8 @@ class Invalidation
     }
 
   private:
+    static constexpr std::size_t regions_kept = 4096; // of memory for the list
+
     std::uint64_t *generations_;
     std::vector<std::uint64_t> touched_;
     CellList cells_;
