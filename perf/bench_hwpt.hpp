@@ -4,6 +4,7 @@
 #include "iommu/dma.hpp"
 #include "iommu/format_amdv1.hpp"
 #include "iommu/slice.hpp"
+#include "iommu/summary.hpp"
 #include "ring/consumer.hpp"
 #include "ring/control.h"
 #include "ring/producer.hpp"
@@ -11,9 +12,11 @@
 #include "service/shard.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <span>
 #include <system_error>
 
 namespace dirtyring::perf {
@@ -113,15 +116,22 @@ class BenchHwpt
     std::uint64_t sweep_and_consume()
     {
         std::uint64_t pages = 0;
+        sweep_and_visit([&](std::uint64_t, std::uint64_t n) { pages += n; });
+        return pages;
+    }
+
+    // The same; each(first page, pages) for each run.
+    template <class Each> void sweep_and_visit(Each each)
+    {
         for (;;) {
             const bool worked = shard_->step(++now_);
             for (auto entries = consumer_->peek(); !entries.empty(); entries = consumer_->peek()) {
                 for (const std::uint64_t entry : entries)
-                    pages += dr_run_length(entry) >> DR_PAGE_LG2;
+                    each(dr_run_address(entry) >> DR_PAGE_LG2, dr_run_length(entry) >> DR_PAGE_LG2);
                 (void)consumer_->release(entries.size());
             }
             if (!worked)
-                return pages;
+                return;
         }
     }
 
@@ -144,6 +154,17 @@ class BenchHwpt
         (void)dma_->leave();
     }
 
+    // The same without data and without an IOTLB, so that what was swept by somebody else than our walker can be dirtied again.
+    void mark_dirty(std::uint64_t page)
+    {
+        const std::uint64_t table = first_leaf_table() + page / iommu::table_entries;
+        const auto entry = static_cast<unsigned>(page % iommu::table_entries);
+        const iommu::Tables view = tables();
+        std::atomic_ref(view.entries(table)[entry])
+            .fetch_or(iommu::AmdV1::accessed_bit | iommu::AmdV1::dirty_bit, std::memory_order_seq_cst);
+        (void)iommu::mark_line(view, table, entry);
+    }
+
     // The whole of it, whatever the summary says.
     void owe_full_scan()
     {
@@ -156,10 +177,25 @@ class BenchHwpt
     [[nodiscard]] std::uint64_t pages() const { return memory_bytes_ >> DR_PAGE_LG2; }
     std::uint64_t tick() { return ++now_; }
 
+    // ---- for peers that go over the same tables
+
+    [[nodiscard]] const dr_translation_header &geometry() const { return h_; }
+    [[nodiscard]] iommu::Tables tables() const { return {tables_.map.data(), h_}; }
+    // Of 4 KiB leaves: one entry a page, as the tables of neighbours are neighbours.
+    [[nodiscard]] std::span<std::uint64_t> leaf_entries() const
+    {
+        return {tables().entries(first_leaf_table()), pages()};
+    }
+
   private:
     [[nodiscard]] iommu::DmaThreads threads() const
     {
         return {{cells_.map.as<dr_cell>(), 1}, {cells_.map.as<dr_pin>(sizeof(dr_cell)), pins_}};
+    }
+
+    [[nodiscard]] std::uint64_t first_leaf_table() const
+    {
+        return iommu::first_table(h_, 0) + iommu::first_number(h_.slice_lg2, 0);
     }
 
     static void must(int error)

@@ -1,0 +1,48 @@
+// The limit of whoever looks at every entry: reading them as fast as this core can.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <immintrin.h>
+#include <span>
+
+namespace dirtyring::perf {
+
+// Something that depends on every entry. entries.size() is a multiple of 32.
+[[gnu::target("avx512f")]] inline std::uint64_t read_all_avx512(std::span<const std::uint64_t> entries)
+{
+    __m512i a = _mm512_setzero_si512();
+    __m512i b = a;
+    __m512i c = a;
+    __m512i d = a;
+    for (std::size_t i = 0; i < entries.size(); i += 32) {
+        a = _mm512_or_si512(a, _mm512_loadu_si512(&entries[i]));
+        b = _mm512_or_si512(b, _mm512_loadu_si512(&entries[i + 8]));
+        c = _mm512_or_si512(c, _mm512_loadu_si512(&entries[i + 16]));
+        d = _mm512_or_si512(d, _mm512_loadu_si512(&entries[i + 24]));
+    }
+    a = _mm512_or_si512(_mm512_or_si512(a, b), _mm512_or_si512(c, d));
+    return _mm512_test_epi64_mask(a, a);
+}
+
+inline std::uint64_t read_all_plain(std::span<const std::uint64_t> entries)
+{
+    std::uint64_t a = 0;
+    std::uint64_t b = 0;
+    std::uint64_t c = 0;
+    std::uint64_t d = 0;
+    for (std::size_t i = 0; i < entries.size(); i += 4) {
+        a |= entries[i];
+        b |= entries[i + 1];
+        c |= entries[i + 2];
+        d |= entries[i + 3];
+    }
+    return a | b | c | d;
+}
+
+inline std::uint64_t read_all(std::span<const std::uint64_t> entries)
+{
+    return __builtin_cpu_supports("avx512f") ? read_all_avx512(entries) : read_all_plain(entries);
+}
+
+} // namespace dirtyring::perf
