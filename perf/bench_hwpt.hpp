@@ -16,7 +16,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <span>
 #include <system_error>
 
 namespace dirtyring::perf {
@@ -181,11 +180,6 @@ class BenchHwpt
 
     [[nodiscard]] const dr_translation_header &geometry() const { return h_; }
     [[nodiscard]] iommu::Tables tables() const { return {tables_.map.data(), h_}; }
-    // Of 4 KiB leaves: one entry a page, as the tables of neighbours are neighbours.
-    [[nodiscard]] std::span<std::uint64_t> leaf_entries() const
-    {
-        return {tables().entries(first_leaf_table()), pages()};
-    }
 
   private:
     [[nodiscard]] iommu::DmaThreads threads() const
