@@ -1,0 +1,194 @@
+// From D to the run at a polling consumer: the device and the consumer are one thread, the service's walker is on the other core.
+// Then the same of 64 guests on one walker.
+#include "perf/service.hpp"
+
+#include <fmt/format.h>
+
+#include <cstdlib>
+#include <deque>
+#include <fcntl.h>
+#include <memory>
+#include <random>
+#include <string>
+#include <sys/resource.h>
+#include <vector>
+
+namespace {
+
+using namespace dirtyring;
+using namespace dirtyring::perf;
+
+// How often a process has lost a core that it wanted to keep.
+class Interruptions
+{
+  public:
+    explicit Interruptions(pid_t pid)
+    {
+        for (const auto &task : std::filesystem::directory_iterator(fmt::format("/proc/{}/task", pid)))
+            files_.emplace_back(::open((task.path() / "status").c_str(), O_RDONLY | O_CLOEXEC));
+    }
+
+    // Of its threads, and of this thread.
+    [[nodiscard]] long count() const
+    {
+        rusage mine{};
+        ::getrusage(RUSAGE_THREAD, &mine);
+        long all = mine.ru_nivcsw;
+        for (const ring::Fd &file : files_) {
+            char text[4096];
+            const ssize_t got = ::pread(file.get(), text, sizeof text, 0);
+            const std::string_view status(text, got > 0 ? static_cast<std::size_t>(got) : 0);
+            constexpr std::string_view key = "nonvoluntary_ctxt_switches:";
+            if (const std::size_t at = status.find(key); at != std::string_view::npos)
+                all += std::strtol(status.data() + at + key.size(), nullptr, 10);
+        }
+        return all;
+    }
+
+  private:
+    std::vector<ring::Fd> files_;
+};
+
+// ns from before the write to the run at the consumer.
+double write_until_seen(ServedGuest &guest, std::uint64_t page)
+{
+    const std::uint64_t began = now_ns();
+    guest.write(page << DR_PAGE_LG2);
+    bool seen = false;
+    while (!seen) {
+        guest.drain([&](std::uint64_t first, std::uint64_t n) { seen |= page - first < n; });
+        if (now_ns() - began > 10'000'000'000)
+            throw Failure("a page was not reported within 10 s");
+    }
+    return static_cast<double>(now_ns() - began);
+}
+
+Plot::Line distribution(const char *name, const Samples &ns)
+{
+    Plot::Line line{name, {}};
+    for (const double q : {0., .01, .1, .25, .5, .75, .9, .95, .99, .995, .999, .9999, 1.})
+        line.points.emplace_back(100 * q, quantile(ns, q) / 1000);
+    return line;
+}
+
+void add_quantiles(Session &session, const std::string &name, const Samples &ns, Goal p50, Goal p99)
+{
+    session.add(Figure{.name = name + ", p50", .unit = "us", .ours = {quantile(ns, 0.5) / 1000}, .goal = p50});
+    session.add(Figure{.name = name + ", p99", .unit = "us", .ours = {quantile(ns, 0.99) / 1000}, .goal = p99});
+}
+
+void measure_latency(Session &session)
+{
+    const Service service;
+    constexpr std::uint64_t pages = 1 << 16;
+    ServedGuest guest(service, {.memory_bytes = pages << DR_PAGE_LG2});
+    const Interruptions interruptions(service.pid());
+    std::mt19937_64 random(1);
+    Samples all;
+    Samples undisturbed;
+    const unsigned count = session.pick(100u, 50'000u, 300'000u);
+    for (unsigned i = 0; i < count; ++i) {
+        const long before = interruptions.count();
+        const double ns = write_until_seen(guest, random() % pages);
+        all.push_back(ns);
+        if (interruptions.count() == before)
+            undisturbed.push_back(ns);
+    }
+    add_quantiles(session, "D to run at the consumer, all samples", all, Goal::at_most(2), Goal::at_most(20));
+    add_quantiles(session, "D to run, without involuntary switches", undisturbed, Goal::at_most(2), Goal::at_most(20));
+    session.add(Plot{.name = "latency",
+                     .title = "From D to the run at the consumer",
+                     .x = "percentile",
+                     .y = "us",
+                     .logarithmic_x = false,
+                     .lines = {distribution("all samples", all), distribution("undisturbed", undisturbed)}});
+}
+
+// `busy` of the guests write a page each, `rate` times a second; ns until each was seen.
+Samples write_at_rate(std::vector<std::unique_ptr<ServedGuest>> &guests, std::size_t busy, double rate, double seconds)
+{
+    struct Write {
+        std::uint64_t page;
+        std::uint64_t began;
+    };
+    std::vector<std::deque<Write>> waiting(busy);
+    std::mt19937_64 random(1);
+    Samples samples;
+    const std::uint64_t began = now_ns();
+    const double between_ns = 1e9 / (rate * static_cast<double>(busy));
+    const auto writes = static_cast<std::uint64_t>(seconds * rate * static_cast<double>(busy));
+    std::uint64_t written = 0;
+    while (samples.size() < writes) {
+        const std::uint64_t now = now_ns();
+        if (written < writes && static_cast<double>(now - began) >= static_cast<double>(written) * between_ns) {
+            const std::size_t at = written++ % busy;
+            const std::uint64_t page = random() % (1 << 18);
+            waiting[at].push_back({page, now_ns()});
+            guests[at]->write(page << DR_PAGE_LG2);
+        }
+        for (std::size_t i = 0; i < busy; ++i) {
+            if (waiting[i].empty())
+                continue;
+            guests[i]->drain([&](std::uint64_t first, std::uint64_t n) {
+                std::erase_if(waiting[i], [&](const Write &w) {
+                    if (w.page - first >= n)
+                        return false;
+                    samples.push_back(static_cast<double>(now_ns() - w.began));
+                    return true;
+                });
+            });
+        }
+        if (now - began > static_cast<std::uint64_t>((seconds + 10) * 1e9))
+            throw Failure("pages were not reported within 10 s");
+    }
+    return samples;
+}
+
+void measure_many_guests(Session &session)
+{
+    constexpr double rate = 1000; // pages/s of a guest
+    const std::size_t many = session.pick(3u, 64u, 64u);
+    const double seconds = session.pick(0.01, 1., 5.);
+    const std::uint64_t memory = session.smoke() ? 1ull << 30 : 16ull << 30;
+    const Service service;
+    std::vector<std::unique_ptr<ServedGuest>> guests;
+    const auto add_guest = [&] {
+        guests.push_back(std::make_unique<ServedGuest>(service, ServedGuest::Options{.memory_bytes = memory}));
+    };
+    add_guest();
+    const unsigned turns = session.pick(1u, 3u, 5u);
+    const auto p99 = [&](std::size_t busy) {
+        return quantile(write_at_rate(guests, busy, rate, seconds), 0.99) / 1000;
+    };
+    const auto alone = in_turns(turns, {[&] { return p99(1); }});
+    while (guests.size() < many)
+        add_guest();
+    const auto among = in_turns(turns, {[&] { return p99(1); }, [&] { return p99(many); }});
+    session.add(Figure{.name = fmt::format("D to run, p99, 1 busy guest among {}", many),
+                       .unit = "us",
+                       .ours = among[0],
+                       .peer = Other{"1 guest alone", alone[0]},
+                       .ratio = Ratio::ours_to_peer,
+                       .goal = Goal::ratio_at_most(1.1)});
+    session.add(Figure{.name = fmt::format("D to run, p99, {} busy guests at {} times the rate", many, many),
+                       .unit = "us",
+                       .ours = among[1],
+                       .peer = Other{"1 busy", among[0]},
+                       .ratio = Ratio::ours_to_peer,
+                       .goal = Goal::ratio_at_most(static_cast<double>(many))});
+}
+
+void measure(Session &session)
+{
+    if (cores() < 2)
+        return session.skip("D to run at the consumer", "needs two cores");
+    measure_latency(session);
+    measure_many_guests(session);
+}
+
+} // namespace
+
+int main(int argc, char **argv)
+{
+    return run(argc, argv, measure);
+}

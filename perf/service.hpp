@@ -1,0 +1,143 @@
+// A dirtyringd of our own, and guests at it, for figures that a whole service must stand behind.
+#pragma once
+
+#include "client/dirtyring.hpp"
+#include "client/migrate/failure.hpp"
+#include "client/migrate/temporary_directory.hpp"
+#include "perf/figures.hpp"
+#include "ring/region.hpp"
+
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <thread>
+#include <unistd.h>
+
+namespace dirtyring::perf {
+
+using migrate::must;
+
+// One walker, on the last core; the control plane, which sleeps, anywhere.
+class Service
+{
+  public:
+    Service()
+    {
+        const std::string program = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "dirtyringd";
+        pid_ = ::fork();
+        if (pid_ == 0) {
+            ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+            unpin();
+            ::execl(program.c_str(), program.c_str(), "--log-level", "error", "--socket-path", socket().c_str(),
+                    nullptr);
+            ::_exit(EXIT_FAILURE);
+        }
+        const std::uint64_t deadline = now_ns() + 10'000'000'000;
+        while (!std::filesystem::exists(socket())) {
+            if (now_ns() > deadline || ::waitpid(pid_, nullptr, WNOHANG) != 0)
+                throw Failure("dirtyringd does not start");
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    }
+    Service(const Service &) = delete;
+    Service &operator=(const Service &) = delete;
+    ~Service()
+    {
+        ::kill(pid_, SIGTERM);
+        ::waitpid(pid_, nullptr, 0);
+    }
+
+    [[nodiscard]] std::string socket() const { return directory_.path() + "/service.sock"; }
+    [[nodiscard]] pid_t pid() const { return pid_; }
+
+  private:
+    migrate::TemporaryDirectory directory_;
+    pid_t pid_ = 0;
+};
+
+// Memory at 0, one hwpt with a ring, tracked, and one device with one DMA thread. Runs name guest-physical pages.
+class ServedGuest
+{
+  public:
+    struct Options {
+        std::uint64_t memory_bytes;
+        unsigned aperture_lg2 = 39;
+        std::uint32_t ring_entries = 1 << 16;
+        bool mapped = true; // all of it, to the same addresses
+    };
+
+    ServedGuest(const Service &service, const Options &options) : guest_(must(Guest::connect(service.socket())))
+    {
+        if (memory_.make("perf-guest", options.memory_bytes, ring::Pages::sparse) != 0)
+            throw Failure("no memory for the guest");
+        must(guest_.memory_add(0, options.memory_bytes, memory_.fd.get()));
+        ioas_ = must(guest_.ioas_alloc());
+        dirtyring_hwpt attributes{};
+        attributes.aperture_lg2 = options.aperture_lg2;
+        attributes.space = DR_SPACE_OA;
+        attributes.ring_entries = options.ring_entries;
+        hwpt_ = must(guest_.hwpt_alloc(ioas_, attributes));
+        if (options.mapped)
+            must(guest_.map(ioas_, 0, options.memory_bytes, 0, DIRTYRING_READ | DIRTYRING_WRITE));
+        must(guest_.enable(hwpt_));
+        rings_.emplace(must(guest_.open_rings(hwpt_)));
+        dirtyring_attach attach{};
+        attach.token = guest_.token();
+        attach.hwpt = hwpt_;
+        device_.emplace(must(Device::attach(service.socket(), attach)));
+    }
+
+    void write(std::uint64_t iova)
+    {
+        const std::uint64_t data = iova;
+        write(iova, &data, sizeof data);
+    }
+    void write(std::uint64_t iova, const void *data, std::uint64_t length)
+    {
+        if (dirtyring_dma_write(device_->dma(0), iova, data, length, nullptr) != 0)
+            throw Failure(dirtyring_error());
+    }
+
+    // Takes what is there; each(first page, pages) for each run. How many entries that were.
+    template <class Each> std::uint64_t drain(Each each)
+    {
+        std::uint64_t entries = 0;
+        while (const auto batch = rings_->peek()) {
+            for (std::uint32_t i = 0; i < batch->count; ++i) {
+                if (const std::uint64_t entry = batch->entries[i]; !dr_is_marker(entry))
+                    each(dr_run_address(entry) >> DR_PAGE_LG2, dr_run_length(entry) >> DR_PAGE_LG2);
+                else if (dr_marker_kind(entry) == DR_MARKER_ALL_DIRTY)
+                    throw Failure("the service takes everything for dirty");
+            }
+            entries += batch->count;
+            rings_->release(*batch);
+        }
+        return entries;
+    }
+
+    // Everything whose DMA has ended, to the last marker.
+    template <class Each> void sync(Each each)
+    {
+        must(rings_->sync());
+        while (!must(rings_->synced()))
+            drain(each);
+    }
+
+    Guest &guest() { return guest_; }
+    RingSet &rings() { return *rings_; }
+    [[nodiscard]] std::uint32_t ioas() const { return ioas_; }
+
+  private:
+    ring::Region memory_;
+    Guest guest_;
+    std::uint32_t ioas_ = 0;
+    std::uint32_t hwpt_ = 0;
+    std::optional<RingSet> rings_;
+    std::optional<Device> device_;
+};
+
+} // namespace dirtyring::perf
