@@ -188,6 +188,12 @@ void Session::add(const Plot &plot)
                                  {"lines", lines}});
 }
 
+void Session::write(const std::string &file) const
+{
+    if (!file.empty() && !(std::ofstream(file) << results_.dump(1) << '\n'))
+        throw Failure(file + " cannot be written");
+}
+
 int run(int argc, char **argv, void (*measure)(Session &))
 {
     Effort effort = Effort::full;
@@ -209,8 +215,7 @@ int run(int argc, char **argv, void (*measure)(Session &))
         pin_to_core(0);
         Session session(effort);
         measure(session);
-        if (!file.empty() && !(std::ofstream(file) << session.results().dump(1) << '\n'))
-            throw Failure(file + " cannot be written");
+        session.write(file);
         return 0;
     } catch (const std::exception &e) {
         fmt::print(stderr, "{}: {}\n", argv[0], e.what());

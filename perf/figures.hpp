@@ -132,7 +132,8 @@ class Session
     void skip(const std::string &name, const std::string &why);
     void add(const Plot &plot);
 
-    [[nodiscard]] const nlohmann::json &results() const { return results_; }
+    // All of it, as JSON. No file: nowhere.
+    void write(const std::string &file) const;
 
   private:
     Effort effort_;

@@ -103,7 +103,9 @@ class Replay
             owed_[oa / DR_PAGE] = true;
             ++pages_written_;
         }
-        guest_.write(e.address, data_.data(), std::min<std::uint64_t>(e.length, data_.size()));
+        if (data_.size() < e.length)
+            data_.resize(e.length, std::byte{1});
+        guest_.write(e.address, data_.data(), e.length);
         if (++writes_ % drain_every == 0)
             drain();
     }
@@ -165,7 +167,7 @@ class Replay
     bool viommu_ = false;
     std::map<std::uint64_t, std::uint64_t> mapped_; // IOVA to OA, page by page
     std::vector<bool> owed_;                        // pages that were written and not reported since
-    std::vector<std::byte> data_ = std::vector<std::byte>(1 << 20, std::byte{1});
+    std::vector<std::byte> data_;
     std::uint64_t outstanding_ = 0;
     std::uint64_t maps_outstanding_ = 0;
     std::uint64_t writes_ = 0;

@@ -7,6 +7,7 @@
 #include "perf/figures.hpp"
 #include "ring/region.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
@@ -103,18 +104,31 @@ class ServedGuest
     }
 
     // Takes what is there; each(first page, pages) for each run. How many entries that were.
-    template <class Each> std::uint64_t drain(Each each)
+    template <class Each> std::uint64_t drain(Each each) { return drain_some(UINT64_MAX, each); }
+
+    // The same, until it were `enough` entries.
+    template <class Each> std::uint64_t drain_some(std::uint64_t enough, Each each)
     {
         std::uint64_t entries = 0;
-        while (const auto batch = rings_->peek()) {
-            for (std::uint32_t i = 0; i < batch->count; ++i) {
-                if (const std::uint64_t entry = batch->entries[i]; !dr_is_marker(entry))
+        while (entries < enough) {
+            if (peeked_.count == 0) {
+                const auto batch = rings_->peek();
+                if (!batch)
+                    break;
+                peeked_ = *batch;
+            }
+            dirtyring_batch batch = peeked_;
+            batch.count = static_cast<std::uint32_t>(std::min<std::uint64_t>(batch.count, enough - entries));
+            peeked_.entries += batch.count;
+            peeked_.count -= batch.count;
+            for (std::uint32_t i = 0; i < batch.count; ++i) {
+                if (const std::uint64_t entry = batch.entries[i]; !dr_is_marker(entry))
                     each(dr_run_address(entry) >> DR_PAGE_LG2, dr_run_length(entry) >> DR_PAGE_LG2);
                 else if (dr_marker_kind(entry) == DR_MARKER_ALL_DIRTY)
                     throw Failure("the service takes everything for dirty");
             }
-            entries += batch->count;
-            rings_->release(*batch);
+            entries += batch.count;
+            rings_->release(batch);
         }
         return entries;
     }
@@ -127,6 +141,9 @@ class ServedGuest
             drain(each);
     }
 
+    // The guest's memory at a multiple of 8.
+    [[nodiscard]] std::uint64_t word(std::uint64_t oa) const { return *memory_.map.as<std::uint64_t>(oa); }
+
     Guest &guest() { return guest_; }
     RingSet &rings() { return *rings_; }
     [[nodiscard]] std::uint32_t ioas() const { return ioas_; }
@@ -138,6 +155,7 @@ class ServedGuest
     std::uint32_t hwpt_ = 0;
     std::optional<RingSet> rings_;
     std::optional<Device> device_;
+    dirtyring_batch peeked_{}; // of it, what is not read yet
 };
 
 } // namespace dirtyring::perf
