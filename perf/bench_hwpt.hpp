@@ -181,7 +181,24 @@ class BenchHwpt
     [[nodiscard]] const dr_translation_header &geometry() const { return h_; }
     [[nodiscard]] iommu::Tables tables() const { return {tables_.map.data(), h_}; }
 
+    // Of shared memory that is there besides table pages and the ring.
+    [[nodiscard]] std::uint64_t tracking_bytes() const
+    {
+        std::uint64_t tables = 0;
+        for (unsigned level = 0; level <= h_.root_level; ++level)
+            tables += iommu::covering(h_.aperture_lg2, iommu::entry_lg2(level + 1));
+        return present(tables_) - (tables << iommu::table_size_lg2) + present(translation_) + present(record_);
+    }
+
   private:
+    static std::uint64_t present(const ring::Region &region)
+    {
+        struct stat status {
+        };
+        ::fstat(region.fd.get(), &status);
+        return static_cast<std::uint64_t>(status.st_blocks) * 512;
+    }
+
     [[nodiscard]] iommu::DmaThreads threads() const
     {
         return {{cells_.map.as<dr_cell>(), 1}, {cells_.map.as<dr_pin>(sizeof(dr_cell)), pins_}};
