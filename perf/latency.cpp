@@ -81,7 +81,7 @@ void measure_latency(Session &session)
 {
     const Service service;
     constexpr std::uint64_t pages = 1 << 16;
-    ServedGuest guest(service, {.memory_bytes = pages << DR_PAGE_LG2});
+    ServedGuest guest(service.socket(), {.memory_bytes = pages << DR_PAGE_LG2});
     const Interruptions interruptions(service.pid());
     std::mt19937_64 random(1);
     Samples all;
@@ -153,7 +153,7 @@ void measure_many_guests(Session &session)
     const Service service;
     std::vector<std::unique_ptr<ServedGuest>> guests;
     const auto add_guest = [&] {
-        guests.push_back(std::make_unique<ServedGuest>(service, ServedGuest::Options{.memory_bytes = memory}));
+        guests.push_back(std::make_unique<ServedGuest>(service.socket(), ServedGuest::Options{.memory_bytes = memory}));
     };
     add_guest();
     const unsigned turns = session.pick(1u, 3u, 5u);

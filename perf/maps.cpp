@@ -121,7 +121,7 @@ void measure_maps(Session &session)
         return session.skip("map changes", "needs two cores");
     const Service service;
     {
-        ServedGuest guest(service, {.memory_bytes = pages * DR_PAGE, .mapped = false});
+        ServedGuest guest(service.socket(), {.memory_bytes = pages * DR_PAGE, .mapped = false});
         const unsigned count = session.pick(10u, 20'000u, 100'000u);
         add_round_trips(session, "service polling", round_trips(guest, count, {}), Goal::at_most(25));
         add_round_trips(session, "service asleep",

@@ -22,7 +22,7 @@ class Replay
     static constexpr std::uint64_t memory_bytes = 512ull << 20; // of the guest that was recorded
 
     Replay(const Service &service, const std::string &trace)
-        : guest_(service, {.memory_bytes = memory_bytes, .aperture_lg2 = 39, .mapped = false}),
+        : guest_(service.socket(), {.memory_bytes = memory_bytes, .aperture_lg2 = 39, .mapped = false}),
           owed_(memory_bytes >> DR_PAGE_LG2)
     {
         auto events = load_trace(trace);

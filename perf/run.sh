@@ -30,7 +30,7 @@ cmake --build --preset release --target figures --parallel "$(nproc)" -- --quiet
 
 results=$(mktemp -d)
 trap 'rm -r "$results"' EXIT
-programs=(scan ring device pagemap kvm_ring latency guests stop_copy maps memory walkers calls)
+programs=(scan ring device pagemap kvm_ring latency stop_copy maps memory walkers calls)
 files=()
 for program in "${programs[@]}"; do
     echo "== $program"

@@ -71,7 +71,7 @@ class ServedGuest
         bool mapped = true; // all of it, to the same addresses
     };
 
-    ServedGuest(const Service &service, const Options &options) : guest_(must(Guest::connect(service.socket())))
+    ServedGuest(const std::string &socket, const Options &options) : guest_(must(Guest::connect(socket)))
     {
         if (memory_.make("perf-guest", options.memory_bytes, ring::Pages::sparse) != 0)
             throw Failure("no memory for the guest");
@@ -89,7 +89,7 @@ class ServedGuest
         dirtyring_attach attach{};
         attach.token = guest_.token();
         attach.hwpt = hwpt_;
-        device_.emplace(must(Device::attach(service.socket(), attach)));
+        device_.emplace(must(Device::attach(socket, attach)));
     }
 
     void write(std::uint64_t iova)

@@ -42,7 +42,7 @@ class SyntheticLoad
 {
   public:
     explicit SyntheticLoad(const Service &service)
-        : guest_(service, {.memory_bytes = pages << DR_PAGE_LG2}), written_(pages), copied_(pages)
+        : guest_(service.socket(), {.memory_bytes = pages << DR_PAGE_LG2}), written_(pages), copied_(pages)
     {
     }
 

@@ -21,8 +21,8 @@ class StopCopy
 {
   public:
     explicit StopCopy(unsigned memory_lg2, std::size_t dirty)
-        : guest_(service_, {.memory_bytes = 1ull << memory_lg2, .aperture_lg2 = memory_lg2}), tables_(memory_lg2),
-          iommufd_(tables_.geometry(), tables_.tables(), tables_.pages()), bitmap_(tables_.pages())
+        : guest_(service_.socket(), {.memory_bytes = 1ull << memory_lg2, .aperture_lg2 = memory_lg2}),
+          tables_(memory_lg2), iommufd_(tables_.geometry(), tables_.tables(), tables_.pages()), bitmap_(tables_.pages())
     {
         std::mt19937_64 random(1);
         std::set<std::uint64_t> chosen;

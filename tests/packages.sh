@@ -8,6 +8,7 @@ packages=(
     clang-format
     cmake
     g++
+    gnuplot-nox         # perf/: plots
     libbenchmark-dev    # perf/
     libboost-dev        # lockfree queues
     libbsd-dev          # DPDK's static EAL

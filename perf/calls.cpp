@@ -1,0 +1,119 @@
+// System calls for each sleep and wake, of a consumer that sleeps after every run and of a service that calls it. Both processes are
+// traced, which makes them slow, so it is counted and not timed.
+#include "perf/figures.hpp"
+#include "perf/service.hpp"
+
+#include <fmt/format.h>
+
+#include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <new>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+
+namespace {
+
+using namespace dirtyring;
+using namespace dirtyring::perf;
+
+enum class Phase { making, ready, counted, done };
+
+struct Counts {
+    std::uint64_t vmm = 0;
+    std::uint64_t doorbells = 0; // of these, the device's that woke the walker
+    std::uint64_t service = 0;
+    std::uint64_t walker_sleeps = 0; // of these
+};
+
+// The VMM and its device: another process, so that it can be traced.
+void sleep_and_wake(const std::string &socket, std::atomic<Phase> &phase, unsigned times)
+{
+    ServedGuest guest(socket, {.memory_bytes = 1ull << 30});
+    phase = Phase::ready;
+    while (phase == Phase::ready)
+        ::usleep(1000);
+    for (unsigned i = 0; i < times; ++i) {
+        while (!guest.rings().arm())
+            guest.drain([](auto...) {});
+        guest.write(i % 1024 * DR_PAGE);
+        pollfd called{guest.rings().fd(), POLLIN, 0};
+        ::poll(&called, 1, -1);
+        guest.drain([](auto...) {});
+    }
+    phase = Phase::done;
+}
+
+void trace_all(pid_t pid)
+{
+    for (const auto &task : std::filesystem::directory_iterator(fmt::format("/proc/{}/task", pid))) {
+        const pid_t thread = std::stoi(task.path().filename());
+        if (::ptrace(PTRACE_SEIZE, thread, nullptr, PTRACE_O_TRACESYSGOOD) != 0 ||
+            ::ptrace(PTRACE_INTERRUPT, thread, nullptr, nullptr) != 0)
+            throw Failure(fmt::format("cannot be traced: {}", std::strerror(errno)));
+    }
+}
+
+// What both do until the phase is done.
+Counts count(pid_t vmm, pid_t service, std::atomic<Phase> &phase)
+{
+    trace_all(vmm);
+    trace_all(service);
+    phase = Phase::counted;
+    Counts counts;
+    while (phase != Phase::done) {
+        int status = 0;
+        const pid_t thread = ::waitpid(-1, &status, __WALL);
+        if (thread < 0 || WIFEXITED(status) || WIFSIGNALED(status))
+            throw Failure("what was traced has ended");
+        __ptrace_syscall_info info{};
+        if (WSTOPSIG(status) == (SIGTRAP | 0x80) && ::ptrace(PTRACE_GET_SYSCALL_INFO, thread, sizeof info, &info) > 0 &&
+            info.op == PTRACE_SYSCALL_INFO_ENTRY && phase == Phase::counted && info.entry.nr != SYS_clock_nanosleep) {
+            ++(thread == vmm ? counts.vmm : counts.service);
+            counts.doorbells += thread == vmm && info.entry.nr == SYS_write;
+            counts.walker_sleeps += thread != vmm && info.entry.nr == SYS_io_uring_enter && info.entry.args[2] > 0;
+        }
+        ::ptrace(PTRACE_SYSCALL, thread, nullptr, nullptr);
+    }
+    return counts;
+}
+
+void measure_calls(Session &session)
+{
+    const char *name = "system calls for sleeps and wakes";
+    if (cores() < 2)
+        return session.skip(name, "needs two cores");
+    const unsigned times = session.pick(10u, 1000u, 10000u);
+    const Service service;
+    void *shared = ::mmap(nullptr, DR_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (shared == MAP_FAILED)
+        throw Failure("no shared memory");
+    auto &phase = *new (shared) std::atomic<Phase>(Phase::making);
+    const pid_t vmm = ::fork();
+    if (vmm == 0) {
+        ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+        sleep_and_wake(service.socket(), phase, times);
+        ::_exit(EXIT_SUCCESS);
+    }
+    while (phase == Phase::making && ::waitpid(vmm, nullptr, WNOHANG) == 0)
+        ::usleep(1000);
+    const Counts counts = count(vmm, service.pid(), phase);
+    ::kill(vmm, SIGKILL);
+    ::waitpid(vmm, nullptr, 0);
+    const auto add = [&](const char *what, std::uint64_t calls) {
+        session.add(Figure{
+            .name = what, .unit = "calls", .ours = {static_cast<double>(calls) / times}, .goal = Goal::at_most(1)});
+    };
+    add("system calls of the VMM for each sleep", counts.vmm - counts.doorbells);
+    add("system calls of the service for each wake", counts.service - counts.walker_sleeps);
+}
+
+} // namespace
+
+int main(int argc, char **argv)
+{
+    return run(argc, argv, measure_calls);
+}
