@@ -201,13 +201,20 @@ Costs measure(Session &session, Guest &guest, const Pages &pages)
     return {samples[0], samples[1], samples[2], samples[3]};
 }
 
+// Beside the peer that is fastest here.
 void add(Session &session, const std::string &name, const Costs &costs, std::size_t pages, double goal_ns)
 {
     const double each = 1 / static_cast<double>(pages);
+    Other fastest{"page by page", costs.each_page};
+    for (const Other &peer : {Other{"generic_pt", costs.tables}, Other{"vhost log", costs.log}}) {
+        if (median(peer.samples) < median(fastest.samples))
+            fastest = peer;
+    }
+    fastest.samples = scaled(fastest.samples, each);
     session.add(Figure{.name = name,
                        .unit = "ns/page",
                        .ours = scaled(costs.ours, each),
-                       .peer = Other{"generic_pt", scaled(costs.tables, each)},
+                       .peer = fastest,
                        .ratio = Ratio::ours_to_peer,
                        .goal = Goal::at_most(goal_ns)});
 }
