@@ -109,7 +109,7 @@ class BoostSpsc
 
   private:
     std::array<std::uint64_t, batch_max> buffer_{};
-    boost::lockfree::spsc_queue<std::uint64_t, boost::lockfree::capacity<capacity>> queue_;
+    boost::lockfree::spsc_queue<std::uint64_t> queue_{capacity}; // known at run time only, as those of the others
 };
 
 class RteRing
@@ -203,34 +203,35 @@ void measure_throughput(Session &session, std::uint64_t batch)
                            .goal = Goal::ratio_at_least(1.5)});
 }
 
-// ns one way: an element goes there, another comes back.
-template <class Ring> double one_way(unsigned rounds)
+// ns one way: an element goes there, another comes back. The median of a hundred there and back: now and then one of two has lost its core.
+template <class Ring> double one_way(unsigned hundreds)
 {
     const auto there = std::make_unique<Ring>();
     const auto back = std::make_unique<Ring>();
     std::thread other([&] {
         pin_to_core(1);
         std::uint64_t sum = 0;
-        for (unsigned i = 1; i <= rounds; ++i) {
+        for (std::uint64_t i = 1; i <= hundreds * 100ull; ++i) {
             while (there->read(1, sum) == 0) {
             }
             back->write(i, 1);
         }
     });
+    Samples samples;
     std::uint64_t sum = 0;
-    const unsigned warm = rounds / 10; // the other is there
-    std::uint64_t began = 0;
-    for (unsigned i = 1; i <= rounds; ++i) {
-        if (i == warm + 1)
-            began = now_ns();
-        there->write(i, 1);
-        while (back->read(1, sum) == 0) {
-        }
+    std::uint64_t next = 0;
+    for (unsigned n = 0; n < hundreds; ++n) {
+        samples.push_back(timed([&] {
+            for (unsigned i = 0; i < 100; ++i) {
+                there->write(++next, 1);
+                while (back->read(1, sum) == 0) {
+                }
+            }
+        }));
     }
-    const std::uint64_t ended = now_ns();
     other.join();
     sink = sum;
-    return static_cast<double>(ended - began) / 2 / (rounds - warm);
+    return median(samples) / 200;
 }
 
 void measure_one_way(Session &session)
@@ -238,10 +239,10 @@ void measure_one_way(Session &session)
     const char *name = "ring, one way";
     if (cores() < 2)
         return session.skip(name, "needs two cores");
-    const unsigned rounds = session.pick(100u, 200'000u, 500'000u);
-    const auto samples =
-        in_turns(session.turns(), {[&] { return one_way<DirtyRing>(rounds); }, [&] { return one_way<RteRing>(rounds); },
-                                   [&] { return one_way<Line>(rounds); }});
+    const unsigned hundreds = session.pick(1u, 2'000u, 5'000u);
+    const auto samples = in_turns(session.turns(), {[&] { return one_way<DirtyRing>(hundreds); },
+                                                    [&] { return one_way<RteRing>(hundreds); },
+                                                    [&] { return one_way<Line>(hundreds); }});
     session.add(Figure{.name = name,
                        .unit = "ns",
                        .ours = samples[0],
