@@ -116,6 +116,7 @@ std::uint64_t synthetic(Session &session, const Service &service, double seconds
               .logarithmic_y = false};
     std::uint64_t lost = 0;
     std::uint64_t most = 0;
+    std::vector<std::uint64_t> resident; // KiB, at the end of each phase
     const std::uint64_t began = now_ns();
     for (const double factor : overloads) {
         plot.lines.push_back({fmt::format("{} writes an entry read", factor), {}});
@@ -130,14 +131,18 @@ std::uint64_t synthetic(Session &session, const Service &service, double seconds
             plot.lines.back().points.emplace_back(static_cast<double>(now_ns() - began) / 1e9, load.backlog());
         }
         const double took = static_cast<double>(now_ns() - phase_began) / 1e9;
+        resident.push_back(kib_resident(service.pid()));
         fmt::print("{} writes an entry read: {:.0f} writes/s, backlog {} pages, service {} KiB\n", factor,
-                   static_cast<double>(load.writes() - writes) / took, load.backlog(), kib_resident(service.pid()));
+                   static_cast<double>(load.writes() - writes) / took, load.backlog(), resident.back());
         session.add(Figure{.name = fmt::format("sustained, {} writes an entry read", factor),
                            .unit = "pages/s",
                            .ours = {static_cast<double>(load.reported() - reported) / took}});
         lost += load.lost();
     }
     session.add(Figure{.name = "most pages in the backlog", .unit = "pages", .ours = {static_cast<double>(most)}});
+    session.add(Figure{.name = "memory of the service, from the lightest load to the heaviest",
+                       .unit = "KiB",
+                       .ours = {static_cast<double>(resident.back()) - static_cast<double>(resident.front())}});
     session.add(plot);
     return lost;
 }
@@ -173,12 +178,8 @@ int soak(double seconds, const std::string &file)
     pin_to_core(0);
     Session session(Effort::full);
     const Service service;
-    const std::uint64_t before = kib_resident(service.pid());
     std::uint64_t lost = synthetic(session, service, seconds / 2);
-    const std::uint64_t halfway = kib_resident(service.pid());
     lost += traces(session, service, seconds / 2);
-    const std::uint64_t after = kib_resident(service.pid());
-    fmt::print("service resident: {} KiB, {} KiB halfway, {} KiB at the end\n", before, halfway, after);
     session.add(
         Figure{.name = "pages lost", .unit = "pages", .ours = {static_cast<double>(lost)}, .goal = Goal::at_most(0)});
     session.write(file);
