@@ -136,7 +136,7 @@ void draw(const json &plot, const std::string &directory)
     if (!gnuplot)
         throw std::runtime_error("gnuplot does not start");
     std::string script =
-        fmt::format("set terminal svg size 800,480 background 'white'\nset output '{}/{}.svg'\n"
+        fmt::format("set terminal svg size 800,480 noenhanced background 'white'\nset output '{}/{}.svg'\n"
                     "set title \"{}\"\nset xlabel \"{}\"\nset ylabel \"{}\"\nset grid\nset key left top\n",
                     directory, text_of(plot["name"]), text_of(plot["title"]), text_of(plot["x"]), text_of(plot["y"]));
     if (plot["logarithmic_x"].get<bool>())
