@@ -1,9 +1,8 @@
 // What a guest notices when the service's worker is killed: from SIGKILL to the first new run at its consumer, and where that time
 // goes. A guest of 16 GiB in 4 KiB leaves; a device writes all the time, a consumer polls. bench_restart [KILLS]
-#include "client/dirtyring.hpp"
-#include "client/migrate/clock.hpp"
 #include "client/migrate/failure.hpp"
 #include "client/migrate/temporary_directory.hpp"
+#include "perf/service.hpp"
 #include "ring/region.hpp"
 
 #include <fmt/format.h>
@@ -19,7 +18,6 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <optional>
 #include <poll.h>
 #include <string>
 #include <string_view>
@@ -34,8 +32,8 @@ namespace {
 
 using namespace dirtyring;
 using migrate::Failure;
-using migrate::must;
-using migrate::now_ns;
+using perf::must;
+using perf::now_ns;
 
 constexpr std::uint64_t memory_bytes = 16ull << 30;
 constexpr std::uint64_t stride = 4u << 20; // between pages that the device writes, so that the memory stays small
@@ -158,34 +156,17 @@ class Service
 class BusyGuest
 {
   public:
-    explicit BusyGuest(const std::string &socket) : guest_(must(Guest::connect(socket)))
+    explicit BusyGuest(const std::string &socket)
+        : guest_(socket, {.memory_bytes = memory_bytes, .ring_entries = 4096}),
+          writer_([this](const std::stop_token &stop) { write(stop); })
     {
-        if (const int error = memory_.make("bench-guest", memory_bytes, ring::Pages::sparse); error != 0)
-            throw Failure("no memory for the guest");
-        must(guest_.memory_add(0, memory_bytes, memory_.fd.get()));
-        const std::uint32_t ioas = must(guest_.ioas_alloc());
-        dirtyring_hwpt attributes{};
-        attributes.space = DR_SPACE_OA;
-        const std::uint32_t hwpt = must(guest_.hwpt_alloc(ioas, attributes));
-        must(guest_.map(ioas, 0, memory_bytes, 0, DIRTYRING_READ | DIRTYRING_WRITE));
-        must(guest_.enable(hwpt));
-        rings_.emplace(must(guest_.open_rings(hwpt)));
-        dirtyring_attach attach{};
-        attach.token = guest_.token();
-        attach.hwpt = hwpt;
-        device_.emplace(must(Device::attach(socket, attach)));
-        writer_ = std::jthread([this](const std::stop_token &stop) { write(stop); });
     }
 
     // Takes what is there.
     bool drain()
     {
         bool runs = false;
-        while (const auto batch = rings_->peek()) {
-            runs |= std::any_of(batch->entries, batch->entries + batch->count,
-                                [](std::uint64_t entry) { return !dr_is_marker(entry); });
-            rings_->release(*batch);
-        }
+        guest_.drain([&](auto...) { runs = true; });
         return runs;
     }
 
@@ -203,25 +184,21 @@ class BusyGuest
         const std::uint64_t end = now_ns() + static_cast<std::uint64_t>(std::chrono::nanoseconds(time).count());
         while (now_ns() < end)
             drain();
-        must(guest_.reconnect());
+        must(guest_.guest().reconnect());
     }
 
   private:
     void write(const std::stop_token &stop)
     {
         std::uint64_t iova = 0;
-        for (std::uint64_t n = 0; !stop.stop_requested(); ++n) {
-            if (dirtyring_dma_write(device_->dma(0), iova, &n, sizeof n, nullptr) != 0)
-                std::abort();
+        while (!stop.stop_requested()) {
+            guest_.write(iova);
             iova = (iova + stride) % memory_bytes;
             std::this_thread::sleep_for(between_writes);
         }
     }
 
-    ring::Region memory_;
-    Guest guest_;
-    std::optional<RingSet> rings_;
-    std::optional<Device> device_;
+    perf::ServedGuest guest_;
     std::jthread writer_;
 };
 
