@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -26,7 +27,8 @@ struct Counts {
     std::uint64_t vmm = 0;
     std::uint64_t doorbells = 0; // of these, the device's that woke the walker
     std::uint64_t service = 0;
-    std::uint64_t walker_sleeps = 0; // of these
+    std::uint64_t wakes = 0;  // of these, those that hand calls to the kernel
+    std::uint64_t sleeps = 0; // and those that wait
 };
 
 // The VMM and its device: another process, so that it can be traced.
@@ -74,7 +76,9 @@ Counts count(pid_t vmm, pid_t service, std::atomic<Phase> &phase)
             info.op == PTRACE_SYSCALL_INFO_ENTRY && phase == Phase::counted && info.entry.nr != SYS_clock_nanosleep) {
             ++(thread == vmm ? counts.vmm : counts.service);
             counts.doorbells += thread == vmm && info.entry.nr == SYS_write;
-            counts.walker_sleeps += thread != vmm && info.entry.nr == SYS_io_uring_enter && info.entry.args[2] > 0;
+            const bool enters = thread != vmm && info.entry.nr == SYS_io_uring_enter;
+            counts.sleeps += enters && info.entry.args[2] > 0;
+            counts.wakes += enters && info.entry.args[2] == 0;
         }
         ::ptrace(PTRACE_SYSCALL, thread, nullptr, nullptr);
     }
@@ -103,12 +107,16 @@ void measure_calls(Session &session)
     const Counts counts = count(vmm, service.pid(), phase);
     ::kill(vmm, SIGKILL);
     ::waitpid(vmm, nullptr, 0);
-    const auto add = [&](const char *what, std::uint64_t calls) {
-        session.add(Figure{
-            .name = what, .unit = "calls", .ours = {static_cast<double>(calls) / times}, .goal = Goal::at_most(1)});
+    const auto add = [&](const char *what, std::uint64_t calls, std::uint64_t count) {
+        session.add(
+            Figure{.name = what,
+                   .unit = "calls",
+                   .ours = {static_cast<double>(calls) / static_cast<double>(std::max<std::uint64_t>(count, 1))},
+                   .goal = Goal::at_most(1)});
     };
-    add("system calls of the VMM for each sleep", counts.vmm - counts.doorbells);
-    add("system calls of the service for each wake", counts.service - counts.walker_sleeps);
+    add("system calls of a consumer, each sleep", counts.vmm - counts.doorbells, times);
+    add("system calls of the walker, each wake of a consumer", counts.wakes, times);
+    add("system calls of the walker, each sleep", counts.service - counts.wakes, counts.sleeps);
 }
 
 } // namespace
