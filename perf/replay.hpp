@@ -31,17 +31,18 @@ class Replay
         events_ = std::move(*events);
         viommu_ = std::any_of(events_.begin(), events_.end(),
                               [](const TraceEvent &e) { return e.kind == TraceEvent::Kind::map; });
+        note_pages();
         if (!viommu_)
             must(guest_.guest().map(guest_.ioas(), 0, memory_bytes, 0, flags));
     }
 
     [[nodiscard]] std::uint64_t recorded_us() const { return events_.back().time_us - events_.front().time_us; }
-    [[nodiscard]] std::size_t events() const { return events_.size(); }
 
     // Once from beginning to end. It begins and ends with nothing mapped, if there is a vIOMMU.
     void run()
     {
-        for (const TraceEvent &e : events_) {
+        for (std::size_t i = 0; i < events_.size(); ++i) {
+            const TraceEvent &e = events_[i];
             switch (e.kind) {
             case TraceEvent::Kind::map:
                 map(e);
@@ -50,7 +51,7 @@ class Replay
                 unmap(e.address, e.length);
                 break;
             case TraceEvent::Kind::write:
-                write(e);
+                write(i);
                 break;
             case TraceEvent::Kind::read:
                 break; // sets no D
@@ -69,19 +70,39 @@ class Replay
     }
 
     [[nodiscard]] std::uint64_t pages_written() const { return pages_written_; }
-    // Most entries that were read at once, and most commands on their way.
+    // Most entries that there were to be read at once.
     [[nodiscard]] std::uint64_t backlog() const { return backlog_; }
 
   private:
     static constexpr std::uint32_t flags = DIRTYRING_READ | DIRTYRING_WRITE | DIRTYRING_IDEMPOTENT;
     static constexpr std::uint64_t is_map = 1;
 
+    // Which guest pages each write reaches, so that the replay itself has little to do.
+    void note_pages()
+    {
+        std::map<std::uint64_t, std::uint64_t> mapped; // IOVA to OA, page by page
+        for (const TraceEvent &e : events_) {
+            first_page_.push_back(pages_.size());
+            if (e.kind == TraceEvent::Kind::map) {
+                for (std::uint64_t at = 0; at < e.length; at += DR_PAGE)
+                    mapped[e.address + at] = e.oa + at;
+            } else if (e.kind == TraceEvent::Kind::unmap) {
+                mapped.erase(mapped.lower_bound(e.address), e.length >= UINT64_MAX - e.address
+                                                                ? mapped.end()
+                                                                : mapped.lower_bound(e.address + e.length));
+            } else if (e.kind == TraceEvent::Kind::write) {
+                for (std::uint64_t at = e.address / DR_PAGE * DR_PAGE; at < e.address + e.length; at += DR_PAGE)
+                    pages_.push_back((viommu_ ? mapped.at(at) : at) / DR_PAGE);
+                data_.resize(std::max<std::size_t>(data_.size(), e.length), std::byte{1});
+            }
+        }
+        first_page_.push_back(pages_.size());
+    }
+
     void map(const TraceEvent &e)
     {
         queue([&] { return guest_.guest().queue_map(guest_.ioas(), e.address, e.length, e.oa, flags, is_map); });
         ++maps_outstanding_;
-        for (std::uint64_t at = 0; at < e.length; at += DR_PAGE)
-            mapped_[e.address + at] = e.oa + at;
     }
 
     void unmap(std::uint64_t iova, std::uint64_t length)
@@ -90,22 +111,16 @@ class Replay
             return guest_.guest().queue_unmap(guest_.ioas(), iova, length,
                                               DIRTYRING_HARVEST_NOW | DIRTYRING_UNMAP_EMPTY_OK, 0);
         });
-        mapped_.erase(mapped_.lower_bound(iova),
-                      length >= UINT64_MAX - iova ? mapped_.end() : mapped_.lower_bound(iova + length));
     }
 
-    void write(const TraceEvent &e)
+    void write(std::size_t event)
     {
         if (maps_outstanding_ > 0)
             await([&] { return maps_outstanding_ == 0; }); // a guest tells its device of a buffer when it is mapped
-        for (std::uint64_t at = e.address; at < e.address + e.length; at = (at / DR_PAGE + 1) * DR_PAGE) {
-            const std::uint64_t oa = viommu_ ? mapped_.at(at / DR_PAGE * DR_PAGE) : at;
-            owed_[oa / DR_PAGE] = true;
-            ++pages_written_;
-        }
-        if (data_.size() < e.length)
-            data_.resize(e.length, std::byte{1});
-        guest_.write(e.address, data_.data(), e.length);
+        for (std::size_t i = first_page_[event]; i < first_page_[event + 1]; ++i)
+            owed_[pages_[i]] = true;
+        pages_written_ += first_page_[event + 1] - first_page_[event];
+        guest_.write(events_[event].address, data_.data(), events_[event].length);
         if (++writes_ % drain_every == 0)
             drain();
     }
@@ -165,8 +180,9 @@ class Replay
     ServedGuest guest_;
     std::vector<TraceEvent> events_;
     bool viommu_ = false;
-    std::map<std::uint64_t, std::uint64_t> mapped_; // IOVA to OA, page by page
-    std::vector<bool> owed_;                        // pages that were written and not reported since
+    std::vector<std::uint64_t> pages_;    // of all writes, in order
+    std::vector<std::size_t> first_page_; // of them, for each event and for the end
+    std::vector<bool> owed_;              // pages that were written and not reported since
     std::vector<std::byte> data_;
     std::uint64_t outstanding_ = 0;
     std::uint64_t maps_outstanding_ = 0;
