@@ -49,9 +49,38 @@ class Interruptions
     std::vector<ring::Fd> files_;
 };
 
-// ns from before the write to the run at the consumer.
-double write_until_seen(ServedGuest &guest, std::uint64_t page)
+// The pages that a guest's device writes, all over its memory. The first writes bring them in, which is no matter of tracking.
+class Spots
 {
+  public:
+    Spots(ServedGuest &guest, std::uint64_t memory_bytes) : stride_(memory_bytes / DR_PAGE / count)
+    {
+        for (std::uint64_t i = 0; i < count; ++i)
+            guest.write((i * stride_) << DR_PAGE_LG2);
+        guest.sync([](auto...) {});
+    }
+    std::uint64_t next() { return random_() % count * stride_; }
+
+  private:
+    static constexpr std::uint64_t count = 4096;
+    std::uint64_t stride_;
+    std::mt19937_64 random_{1};
+};
+
+struct BusyGuest {
+    BusyGuest(const Service &service, std::uint64_t memory_bytes)
+        : guest(service.socket(), {.memory_bytes = memory_bytes}), spots(guest, memory_bytes)
+    {
+    }
+    ServedGuest guest;
+    Spots spots;
+};
+
+// ns from before the write to the run at the consumer.
+double write_until_seen(BusyGuest &busy)
+{
+    ServedGuest &guest = busy.guest;
+    const std::uint64_t page = busy.spots.next();
     const std::uint64_t began = now_ns();
     guest.write(page << DR_PAGE_LG2);
     bool seen = false;
@@ -87,29 +116,32 @@ struct Latencies {
 
 // One write after the other. Looking for interruptions takes long enough for the walker to fall asleep: it is done between batches, and the first
 // write of a batch wakes it.
-Latencies write_and_wait(ServedGuest &guest, const Interruptions &interruptions, std::uint64_t pages, unsigned batches)
+Latencies write_and_wait(BusyGuest &guest, const Interruptions &interruptions, unsigned batches)
 {
     constexpr unsigned batch = 64;
     Latencies latencies;
-    std::mt19937_64 random(1);
     for (unsigned i = 0; i < batches; ++i) {
         const long before = interruptions.count();
-        write_until_seen(guest, random() % pages);
+        write_until_seen(guest);
         for (unsigned n = 0; n < batch; ++n)
-            latencies.all.push_back(write_until_seen(guest, random() % pages));
+            latencies.all.push_back(write_until_seen(guest));
         if (interruptions.count() == before)
             latencies.undisturbed.insert(latencies.undisturbed.end(), latencies.all.end() - batch, latencies.all.end());
     }
     return latencies;
 }
 
+std::uint64_t memory_bytes(const Session &session)
+{
+    return session.smoke() ? 1ull << 30 : 16ull << 30;
+}
+
 void measure_latency(Session &session)
 {
     const Service service;
-    constexpr std::uint64_t pages = 1 << 16;
-    ServedGuest guest(service.socket(), {.memory_bytes = pages << DR_PAGE_LG2});
+    BusyGuest guest(service, memory_bytes(session));
     const auto [all, undisturbed] =
-        write_and_wait(guest, Interruptions(service.pid()), pages, session.pick(2u, 2'000u, 10'000u));
+        write_and_wait(guest, Interruptions(service.pid()), session.pick(2u, 2'000u, 10'000u));
     add_quantiles(session, "D to run at the consumer, all samples", all, Goal::at_most(2), Goal::at_most(20));
     add_quantiles(session, "D to run, without involuntary switches", undisturbed, Goal::at_most(2), Goal::at_most(20));
     session.add(Plot{.name = "latency",
@@ -120,14 +152,13 @@ void measure_latency(Session &session)
 }
 
 // `busy` of the guests write a page each, `rate` times a second; ns until each was seen.
-Samples write_at_rate(std::vector<std::unique_ptr<ServedGuest>> &guests, std::size_t busy, double rate, double seconds)
+Samples write_at_rate(std::vector<std::unique_ptr<BusyGuest>> &guests, std::size_t busy, double rate, double seconds)
 {
     struct Write {
         std::uint64_t page;
-        std::uint64_t began;
+        std::uint64_t due;
     };
     std::vector<std::deque<Write>> waiting(busy);
-    std::mt19937_64 random(1);
     Samples samples;
     const std::uint64_t began = now_ns();
     const double between_ns = 1e9 / (rate * static_cast<double>(busy));
@@ -135,20 +166,21 @@ Samples write_at_rate(std::vector<std::unique_ptr<ServedGuest>> &guests, std::si
     std::uint64_t written = 0;
     while (samples.size() < writes) {
         const std::uint64_t now = now_ns();
-        if (written < writes && static_cast<double>(now - began) >= static_cast<double>(written) * between_ns) {
+        const std::uint64_t due = began + static_cast<std::uint64_t>(static_cast<double>(written) * between_ns);
+        if (written < writes && now >= due) {
             const std::size_t at = written++ % busy;
-            const std::uint64_t page = random() % (1 << 18);
-            waiting[at].push_back({page, now_ns()});
-            guests[at]->write(page << DR_PAGE_LG2);
+            const std::uint64_t page = guests[at]->spots.next();
+            waiting[at].push_back({page, due}); // a write that comes late has waited, too
+            guests[at]->guest.write(page << DR_PAGE_LG2);
         }
         for (std::size_t i = 0; i < busy; ++i) {
             if (waiting[i].empty())
                 continue;
-            guests[i]->drain([&](std::uint64_t first, std::uint64_t n) {
+            guests[i]->guest.drain([&](std::uint64_t first, std::uint64_t n) {
                 std::erase_if(waiting[i], [&](const Write &w) {
                     if (w.page - first >= n)
                         return false;
-                    samples.push_back(static_cast<double>(now_ns() - w.began));
+                    samples.push_back(static_cast<double>(now_ns() - w.due));
                     return true;
                 });
             });
@@ -164,17 +196,14 @@ void measure_many_guests(Session &session)
     constexpr double rate = 1000; // pages/s of a guest
     const std::size_t many = session.pick(3u, 64u, 64u);
     const double seconds = session.pick(0.01, 1., 5.);
-    const std::uint64_t memory = session.smoke() ? 1ull << 30 : 16ull << 30;
     const Service service;
-    std::vector<std::unique_ptr<ServedGuest>> guests;
-    const auto add_guest = [&] {
-        guests.push_back(std::make_unique<ServedGuest>(service.socket(), ServedGuest::Options{.memory_bytes = memory}));
-    };
+    std::vector<std::unique_ptr<BusyGuest>> guests;
+    const auto add_guest = [&] { guests.push_back(std::make_unique<BusyGuest>(service, memory_bytes(session))); };
     add_guest();
     const unsigned turns = session.pick(1u, 3u, 5u);
     const auto one = [&] {
         const unsigned batches = session.pick(1u, 100u, 500u);
-        return median(write_and_wait(*guests[0], Interruptions(service.pid()), 1 << 18, batches).all) / 1000;
+        return median(write_and_wait(*guests[0], Interruptions(service.pid()), batches).all) / 1000;
     };
     const auto p99 = [&](std::size_t busy) {
         return quantile(write_at_rate(guests, busy, rate, seconds), 0.99) / 1000;
