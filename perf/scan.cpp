@@ -71,13 +71,17 @@ class Guest
             if (pages_found != dirtied)
                 throw Failure(fmt::format("{} found other pages than were dirty", who));
         };
-        dirty(pages);
-        found("our walker", [&](auto each) {
+        const auto sweep = [&](auto each) {
             hwpt_.sweep_and_visit([&](std::uint64_t first, std::uint64_t n) {
                 for (std::uint64_t i = 0; i < n; ++i)
                     each(first + i);
             });
-        });
+        };
+        dirty(pages);
+        found("our walker", sweep);
+        dirty(pages);
+        hwpt_.owe_full_scan();
+        found("our full scan", sweep);
         dirty(pages);
         iommufd_.walk_each_page(bitmap_);
         found("the walker page by page", [&](auto each) { bitmap_.take(each); });
