@@ -7,10 +7,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <csignal>
-#include <cstring>
 #include <new>
+#include <optional>
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
@@ -49,21 +48,23 @@ void sleep_and_wake(const std::string &socket, std::atomic<Phase> &phase, unsign
     phase = Phase::done;
 }
 
-void trace_all(pid_t pid)
+// False: it may not be traced here.
+bool trace_all(pid_t pid)
 {
     for (const auto &task : std::filesystem::directory_iterator(fmt::format("/proc/{}/task", pid))) {
         const pid_t thread = std::stoi(task.path().filename());
         if (::ptrace(PTRACE_SEIZE, thread, nullptr, PTRACE_O_TRACESYSGOOD) != 0 ||
             ::ptrace(PTRACE_INTERRUPT, thread, nullptr, nullptr) != 0)
-            throw Failure(fmt::format("cannot be traced: {}", std::strerror(errno)));
+            return false;
     }
+    return true;
 }
 
 // What both do until the phase is done.
-Counts count(pid_t vmm, pid_t service, std::atomic<Phase> &phase)
+std::optional<Counts> count(pid_t vmm, pid_t service, std::atomic<Phase> &phase)
 {
-    trace_all(vmm);
-    trace_all(service);
+    if (!trace_all(vmm) || !trace_all(service))
+        return std::nullopt;
     phase = Phase::counted;
     Counts counts;
     while (phase != Phase::done) {
@@ -104,9 +105,11 @@ void measure_calls(Session &session)
     }
     while (phase == Phase::making && ::waitpid(vmm, nullptr, WNOHANG) == 0)
         ::usleep(1000);
-    const Counts counts = count(vmm, service.pid(), phase);
+    const std::optional<Counts> counts = count(vmm, service.pid(), phase);
     ::kill(vmm, SIGKILL);
     ::waitpid(vmm, nullptr, 0);
+    if (!counts)
+        return session.skip(name, "processes may not be traced");
     const auto add = [&](const char *what, std::uint64_t calls, std::uint64_t count) {
         session.add(
             Figure{.name = what,
@@ -114,9 +117,9 @@ void measure_calls(Session &session)
                    .ours = {static_cast<double>(calls) / static_cast<double>(std::max<std::uint64_t>(count, 1))},
                    .goal = Goal::at_most(1)});
     };
-    add("system calls of a consumer, each sleep", counts.vmm - counts.doorbells, times);
-    add("system calls of the walker, each wake of a consumer", counts.wakes, times);
-    add("system calls of the walker, each sleep", counts.service - counts.wakes, counts.sleeps);
+    add("system calls of a consumer, each sleep", counts->vmm - counts->doorbells, times);
+    add("system calls of the walker, each wake of a consumer", counts->wakes, times);
+    add("system calls of the walker, each sleep", counts->service - counts->wakes, counts->sleeps);
 }
 
 } // namespace
