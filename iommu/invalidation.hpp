@@ -37,10 +37,9 @@ class Invalidation
         before_advance();
         for (const std::uint64_t region : touched_)
             advance(generations_[region]);
+        touched_.clear();
         if (touched_.capacity() > regions_kept)
-            touched_ = {}; // enabling touches everything; a sweep never does
-        else
-            touched_.clear();
+            touched_.shrink_to_fit(); // enabling touches everything; a sweep never does
         if (!fault(Fault::sample_before_advance))
             grace_.begin(cells_);
     }
