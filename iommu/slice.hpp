@@ -303,15 +303,16 @@ template <Format F> class Slice
         return take_bits(tables_.table_bits(i)) & existing_tables(i);
     }
 
-    [[nodiscard]] std::uint64_t take_lines(std::uint32_t table) const
-    {
-        return take_bits(tables_.line_word(table)) & existing_lines(table);
-    }
+    // Not only of lines that exist: a device may have set any.
+    [[nodiscard]] std::uint64_t take_lines(std::uint32_t table) const { return take_bits(tables_.line_word(table)); }
 
     [[nodiscard]] bool any_table_bit() const { return next_marked_word(0) != bit_words(); }
 
     // Both are about to be taken, or read. Inlined before gcc finds that a function of nothing but prefetches has no effect, and drops the call.
-    void prefetch_word(std::uint32_t table) const { __builtin_prefetch(&tables_.line_word(table), 1); }
+    [[gnu::always_inline]] void prefetch_word(std::uint32_t table) const
+    {
+        __builtin_prefetch(&tables_.line_word(table), 1);
+    }
     [[gnu::always_inline]] void prefetch(const Lines &lines) const
     {
         const std::uint64_t *entries = tables_.entries(lines.table);

@@ -41,7 +41,7 @@ template <iommu::Format F> class Pass
                 return std::nullopt;
             }
             iommu::Lines lines = ahead_[first_++];
-            lines.mask &= slice.existing_lines(lines.table); // a map change may have taken the table away since
+            lines.mask &= slice.existing_lines(lines.table); // now: a map change may have taken the table away since
             budget -= std::min(budget, 1 + static_cast<unsigned>(std::popcount(lines.mask)));
             if (lines.mask != 0)
                 return lines;
@@ -67,20 +67,16 @@ template <iommu::Format F> class Pass
     // Takes the lines of some tables. False: there are none left.
     bool take_ahead(const iommu::Slice<F> &slice)
     {
-        std::array<bool, tables_ahead> whole; // visit all that exist
         first_ = end_ = 0;
         while (end_ < tables_ahead && (tables_ != 0 || take_word(slice))) {
             const auto bit = static_cast<unsigned>(std::countr_zero(tables_));
             tables_ &= tables_ - 1;
-            whole[end_] = whole_tables_;
-            ahead_[end_] = {static_cast<std::uint32_t>(word_ * 64 + bit), 0};
+            ahead_[end_] = {static_cast<std::uint32_t>(word_ * 64 + bit), whole_tables_ ? ~0ull : 0};
             slice.prefetch_word(ahead_[end_++].table);
         }
         for (unsigned i = 0; i < end_; ++i) {
-            iommu::Lines &lines = ahead_[i];
-            const std::uint64_t taken = slice.take_lines(lines.table);
-            lines.mask = whole[i] ? slice.existing_lines(lines.table) : taken;
-            slice.prefetch(lines);
+            ahead_[i].mask |= slice.take_lines(ahead_[i].table);
+            slice.prefetch(ahead_[i]);
         }
         return end_ > 0;
     }

@@ -72,12 +72,12 @@ judged()
     no_remains migrate
 }
 
-# The same, in two rounds at least, and a thousand runs while devices were writing.
+# The same, in three rounds at least, and a thousand runs while devices were writing.
 trace()
 {
     [ -z "$repeated" ] || { judged "$@" --speed 30 --bandwidth 1G --downtime-limit 20; return; }
     judged "$@" --speed 10 --bandwidth 300M --downtime-limit 20
-    at_least "$dir/json" rounds 2
+    at_least "$dir/json" rounds 3
     at_least "$dir/json" runs_while_writing 1001
 }
 

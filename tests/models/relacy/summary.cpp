@@ -135,7 +135,7 @@ Suite summary()
                  Fault::none,
                  {{leaf0, store, relaxed, release, "make_clean"}, {leaf1, store, relaxed, release, "make_clean"}},
                  {},
-                 "no device here marks a leaf that was cleaned and whose region is not advanced yet"},
+                 "Relacy's order of seq_cst, which is that of execution"},
             }};
 }
 
