@@ -25,21 +25,29 @@ struct DoneOp final : service::ShardOp {
     bool finished = false;
 };
 
-// 2^memory_lg2 bytes of IOVA space from 0, mapped in leaves of 2^leaf_lg2 bytes, tracked. Every GiB of it leads to the same GiB of guest memory, so
-// that a large guest costs its tables only: they are what is measured.
+struct BenchOptions {
+    std::uint64_t ring_entries = 1 << 16;
+    std::size_t pins = 0; // slots
+    unsigned leaf_lg2 = DR_PAGE_LG2;
+    std::uint64_t min_interval_ns = 0; // 0: paced by the consumer's releases
+    bool always_on = false;
+};
+
+// 2^memory_lg2 bytes of IOVA space from 0, mapped, tracked. Every GiB of it leads to the same GiB of guest memory, so that a large
+// guest costs its tables only: they are what is measured.
 class BenchHwpt
 {
   public:
-    explicit BenchHwpt(unsigned memory_lg2, std::uint64_t ring_entries = 1 << 16, std::size_t pins = 0,
-                       unsigned leaf_lg2 = DR_PAGE_LG2, std::uint64_t min_interval_ns = 0)
+    explicit BenchHwpt(unsigned memory_lg2, const BenchOptions &options = {})
         : h_(iommu::make_geometry(DR_FORMAT_AMDV1, memory_lg2, 1, std::max(3u, iommu::levels_needed(memory_lg2)))),
-          memory_bytes_(1ull << memory_lg2), pins_(pins)
+          memory_bytes_(1ull << memory_lg2), pins_(options.pins)
     {
         must(tables_.make("bench-tables", h_.tables_size, ring::Pages::sparse));
         must(translation_.make("bench-translation", h_.translation_size, ring::Pages::present));
-        must(producer_.make("bench-producer", ring::producer_region_size(ring_entries, 8), ring::Pages::present));
+        must(producer_.make("bench-producer", ring::producer_region_size(options.ring_entries, 8),
+                            ring::Pages::present));
         must(consumer_region_.make("bench-consumer", sizeof(dr_ring_consumer), ring::Pages::present));
-        must(cells_.make("bench-cells", sizeof(dr_cell) + pins * sizeof(dr_pin), ring::Pages::present));
+        must(cells_.make("bench-cells", sizeof(dr_cell) + pins_ * sizeof(dr_pin), ring::Pages::present));
         const iommu::Tables view(tables_.map.data(), h_);
         iommu::make_top_tables<iommu::AmdV1>(h_, view);
         *translation_.map.as<dr_translation_header>() = h_;
@@ -48,7 +56,7 @@ class BenchHwpt
 
         dr_ring_header header{};
         header.kind = DR_RING_DIRTY;
-        header.capacity = ring_entries;
+        header.capacity = options.ring_entries;
         header.entry_size = 8;
         header.space = DR_SPACE_IOVA;
         ring::make_producer_region(producer_.map.as<dr_ring_producer>(), header);
@@ -60,8 +68,9 @@ class BenchHwpt
         config.generations = translation_.map.as<std::uint64_t>(h_.generations);
         config.producer = producer_.map.as<dr_ring_producer>();
         config.consumer = consumer_region_.map.as<dr_ring_consumer>();
-        config.leaves.leaf_lg2_max = leaf_lg2;
-        config.min_interval_ns = min_interval_ns;
+        config.leaves.leaf_lg2_max = options.leaf_lg2;
+        config.min_interval_ns = options.min_interval_ns;
+        config.always_on = options.always_on;
         const auto there = [](ring::Region &region) {
             return
                 [&region](std::uint64_t offset, std::uint64_t length) { return region.make_present(offset, length); };
@@ -73,8 +82,8 @@ class BenchHwpt
         config.call = [] {};
         shard_ = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
         shard_->add(threads());
-        consumer_ = std::make_unique<ring::Consumer<std::uint64_t>>(consumer_region_.map.as<dr_ring_consumer>(),
-                                                                    producer_.map.as<dr_ring_producer>(), ring_entries);
+        consumer_ = std::make_unique<ring::Consumer<std::uint64_t>>(
+            consumer_region_.map.as<dr_ring_consumer>(), producer_.map.as<dr_ring_producer>(), options.ring_entries);
 
         must(guest_.make("bench-guest", guest_bytes, ring::Pages::sparse));
         memory_.add(0, guest_bytes, guest_.map.data());

@@ -19,7 +19,7 @@ constexpr std::size_t pins_max = 1024;
 
 BenchHwpt &hwpt()
 {
-    static BenchHwpt h(memory_lg2, 1 << 16, pins_max);
+    static BenchHwpt h(memory_lg2, {.pins = pins_max});
     h.sweep_and_consume();
     return h;
 }

@@ -117,7 +117,7 @@ int main(int argc, char **argv)
         fmt::print(stderr, "usage: bench_resize [ROUNDS]\n");
         return 2;
     }
-    BenchHwpt hwpt(memory_lg2, 1 << 16, 0, 30, min_interval_ns);
+    BenchHwpt hwpt(memory_lg2, {.leaf_lg2 = 30, .min_interval_ns = min_interval_ns});
     const BusyDevice device(hwpt);
     std::vector<double> large, splitting, small, collapsing, split_seconds, collapse_seconds;
     for (unsigned i = 0; i < rounds; ++i) {

@@ -102,6 +102,47 @@ void measure_writes(Session &session)
                        .goal = Goal::at_most(25)});
 }
 
+// Devices that set D while nobody asks for it, beside those that do not. D of all pages is clear, and no translation is cached, when a round begins.
+void measure_always_on(Session &session)
+{
+    const unsigned rounds = session.pick(1u, 100u, 400u);
+    const auto turn = [](BenchHwpt &hwpt, Kind kind) {
+        DoneOp op;
+        op.kind = kind;
+        hwpt.run(op);
+    };
+    struct Side {
+        explicit Side(bool always_on) : hwpt(memory_lg2, {.always_on = always_on}), writer(hwpt) {}
+        BenchHwpt hwpt;
+        Writer writer;
+    };
+    Side off(false);
+    Side on(true);
+    const auto first = [&](Side &side) {
+        const auto clean = [&] {
+            turn(side.hwpt, Kind::enable);
+            turn(side.hwpt, Kind::disable);
+        };
+        clean();
+        return each(
+            rounds, [&](std::uint64_t page) { side.writer.write(page); }, clean);
+    };
+    const auto warm = [&](Side &side) {
+        return each(
+            100 * rounds, [&](std::uint64_t page) { side.writer.write(page); }, [] {});
+    };
+    const auto samples = in_turns(session.turns(), {[&] { return first(off); }, [&] { return warm(off); },
+                                                    [&] { return first(on); }, [&] { return warm(on); }});
+    session.add(Figure{.name = "nobody asks, first write of 4 KiB to a page, always on",
+                       .unit = "ns",
+                       .ours = samples[2],
+                       .limit = Other{"not always on", samples[0]}});
+    session.add(Figure{.name = "nobody asks, write of 4 KiB, always on",
+                       .unit = "ns",
+                       .ours = samples[3],
+                       .limit = Other{"not always on", samples[1]}});
+}
+
 // The walker and the consumer, on the other core.
 class Owner
 {
@@ -132,7 +173,7 @@ void measure_hot_pages(Session &session)
     if (cores() < 2)
         return session.skip("64 hot pages", "needs two cores");
     constexpr std::uint64_t interval_ns = 1'000'000;
-    BenchHwpt hwpt(memory_lg2, 1 << 16, 0, DR_PAGE_LG2, interval_ns);
+    BenchHwpt hwpt(memory_lg2, {.min_interval_ns = interval_ns});
     Writer writer(hwpt);
     const unsigned rounds = session.pick(10u, 5'000u, 20'000u);
     // Every second page: what lies together is reported as one run.
@@ -176,6 +217,7 @@ void measure_hot_pages(Session &session)
 void measure_device(Session &session)
 {
     measure_writes(session);
+    measure_always_on(session);
     measure_hot_pages(session);
 }
 
