@@ -341,7 +341,6 @@ Control control(Fault fault)
     case Fault::clear_before_stage:
     case Fault::restart_without_advance:
     case Fault::restart_without_scan:
-    case Fault::restart_opens_early:
     case Fault::resumed_map_not_scanned:
     case Fault::cut_not_noted:
         return {fault, "by a death: schedule_test", nullptr};
@@ -354,6 +353,7 @@ Control control(Fault fault)
     case Fault::naive_collapse:
         return {fault, "resize_test", nullptr};
     case Fault::death_skips_begun:
+    case Fault::restart_opens_early:
     case Fault::restart_without_call:
     case Fault::sync_marks_again:
         return {fault, "restart_test", nullptr};

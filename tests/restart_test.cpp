@@ -295,6 +295,41 @@ TEST(Restart, ReportsWhatADeadDeviceHadPinnedInAnInterruptedMap)
     EXPECT_GT(lost(), 0u);
 }
 
+// The service dies when an unmap has taken leaves out and not advanced; a device still has a translation that went through one of them.
+TEST(Restart, LetsNobodyPinWhatIsTakenOut)
+{
+    const auto lost = [] {
+        Rig rig({.leaf_lg2_max = 12});
+        EXPECT_EQ(rig.map(0, MiB, 0), 0);
+        EXPECT_EQ(rig.map(GiB, P, MiB), 0);
+        EXPECT_EQ(rig.enable(), 0);
+        rig.write(0, 7 * P, P);
+        const Pin elsewhere = rig.pin(1, GiB, P); // else no range need be closed
+        EXPECT_EQ(elsewhere.error, 0);
+        const Op &unmap = rig.submit_unmap(0, MiB);
+        DeathAt death(Point::unmap_taken_out, 1);
+        while (!death.came())
+            death.step(rig);
+        const Pin pin = rig.pin(0, 7 * P, P);
+        if (pin.error == 0) {
+            for (unsigned i = 0; i < 100; ++i) { // what was taken out is published
+                rig.step();
+                rig.drain();
+            }
+            rig.land(pin);
+            rig.unpin(0, pin);
+        }
+        rig.unpin(1, elsewhere);
+        EXPECT_TRUE(rig.run(unmap));
+        rig.note_unmapped(unmap);
+        EXPECT_EQ(rig.sync(), 0);
+        return rig.lost();
+    };
+    EXPECT_EQ(lost(), 0u);
+    const Breaking breaking(Fault::restart_opens_early);
+    EXPECT_GT(lost(), 0u);
+}
+
 // A of table entries is the devices'.
 TEST(Restart, KeepsAOfTables)
 {
