@@ -12,6 +12,7 @@ packages=(
     libbenchmark-dev    # perf/
     libboost-dev        # lockfree queues
     libbsd-dev          # DPDK's static EAL
+    libclang-rt-dev     # sanitizers
     libcli11-dev        # command lines
     libdpdk-dev         # lcores, rings, telemetry
     libexpected-dev     # tl::expected

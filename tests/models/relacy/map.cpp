@@ -90,7 +90,7 @@ Suite table()
     const void *leaf = &memory.leaf(0);
     return {"table",
             "S6",
-            100000,
+            50000,
             5,
             simulate<Table>,
             {
@@ -112,7 +112,7 @@ Suite tracking()
     return {
         "tracking",
         "S7",
-        100000,
+        50000,
         4,
         simulate<Tracking>,
         {

@@ -214,7 +214,7 @@ Suite pin_unmap()
     const void *closing = &memory.control().closing;
     return {"pin_unmap",
             "P1 P2",
-            100000,
+            50000,
             3,
             simulate<PinUnmap>,
             {
@@ -239,7 +239,7 @@ Suite pin_sync()
     const void *slot = &memory.pins[0].count;
     return {"pin_sync",
             "P2",
-            100000,
+            50000,
             2,
             simulate<PinSync>,
             {
@@ -264,7 +264,7 @@ Suite slot()
     both.push_back(again_acquire);
     return {"slot",
             "P4",
-            100000,
+            50000,
             6,
             simulate<Slot>,
             {
@@ -293,7 +293,7 @@ Suite closing()
     both.push_back(version_acquire);
     return {"closing",
             "P1",
-            100000,
+            50000,
             3,
             simulate<Closing>,
             {

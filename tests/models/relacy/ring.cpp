@@ -130,7 +130,7 @@ Suite ring()
     const void *tail = &memory.consumer.tail;
     return {"ring",
             "R1 R3",
-            100000,
+            50000,
             3,
             simulate<Ring>,
             {

@@ -133,7 +133,7 @@ Suite section()
     const void *head = &memory.producer.head;
     return {"section",
             "S1 S2 S3",
-            200000,
+            100000,
             2,
             simulate<Section>,
             {
@@ -164,7 +164,7 @@ Suite leaving()
     using enum Access;
     return {"leaving",
             "S1",
-            100000,
+            50000,
             2,
             simulate<Leaving>,
             {

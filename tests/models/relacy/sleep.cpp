@@ -174,7 +174,7 @@ Suite doorbell()
     const void *table = &memory.table_bits();
     return {"doorbell",
             "S5",
-            100000,
+            50000,
             6,
             simulate<Doorbell>,
             {
@@ -195,7 +195,7 @@ Suite pin_bell()
     const void *slot = &memory.pins[0].count;
     return {"pin_bell",
             "P3",
-            100000,
+            50000,
             8,
             simulate<PinBell>,
             {
@@ -215,7 +215,7 @@ Suite kick()
     const void *tail = &memory.consumer.tail;
     return {"kick",
             "R5",
-            100000,
+            50000,
             10,
             simulate<Kick>,
             {
@@ -236,7 +236,7 @@ Suite call()
     const void *armed = &memory.consumer.armed;
     return {"call",
             "R4",
-            100000,
+            50000,
             8,
             simulate<Call>,
             {

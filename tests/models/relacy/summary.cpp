@@ -99,7 +99,7 @@ Suite summary()
     const void *table = &memory.table_bits();
     return {"summary",
             "S4",
-            100000,
+            50000,
             2,
             simulate<Summary>,
             {
@@ -146,7 +146,7 @@ Suite sync()
     const void *leaf = &memory.leaf(0);
     return {"sync",
             "S4 S6",
-            100000,
+            50000,
             2,
             simulate<Sync>,
             {
