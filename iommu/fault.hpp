@@ -43,6 +43,7 @@ enum class Fault {
     no_second_look,         // the walker sleeps without looking again after setting its flag
     arm_without_look,       // the producer publishes without looking at the event index
     clear_before_stage,     // D is cleared, then the run staged
+    take_before_stage,      // leaves are unmapped, then what was dirty staged
     split_drops_dirty,      // a leaf that is split is taken for clean
     naive_replicated_split, // each part of a replicated leaf that is split is as dirty as the replica that was there
     replica_reported_alone, // a dirty replica reports what its entry spans

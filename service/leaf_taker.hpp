@@ -31,11 +31,15 @@ template <iommu::Format F> class LeafTaker
             ring->begin();
         while (budget > 0 && reached < end && !taken.full) {
             collect(reached, end, ring, taken.full);
-            if (ring != nullptr)
+            if (ring != nullptr && !fault(Fault::take_before_stage))
                 ring->stage();
             point(Point::unmap_staged);
             budget -= std::min(budget, std::max(1u, static_cast<unsigned>(found_.size())));
             swap_out(reached, ring, taken);
+            if (ring != nullptr && fault(Fault::take_before_stage)) {
+                point(Point::unmap_taken_out);
+                ring->stage();
+            }
         }
         // An unmap that a restart does again finds no tables where the leaves were, and a hole larger than the range.
         reached = std::min(reached, end);

@@ -353,6 +353,7 @@ Control control(Fault fault)
     case Fault::naive_collapse:
         return {fault, "resize_test", nullptr};
     case Fault::death_skips_begun:
+    case Fault::take_before_stage:
     case Fault::restart_opens_early:
     case Fault::restart_without_call:
     case Fault::sync_marks_again:

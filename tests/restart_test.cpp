@@ -295,6 +295,26 @@ TEST(Restart, ReportsWhatADeadDeviceHadPinnedInAnInterruptedMap)
     EXPECT_GT(lost(), 0u);
 }
 
+TEST(Restart, ReportsWhatAnUnmapHadTakenOut)
+{
+    const auto lost = [] {
+        Rig rig({.leaf_lg2_max = 12});
+        EXPECT_EQ(rig.map(0, MiB, 0), 0);
+        EXPECT_EQ(rig.enable(), 0);
+        rig.write(0, 7 * P, P);
+        const Op &unmap = rig.submit_unmap(0, MiB);
+        DeathAt death(Point::unmap_taken_out, 1);
+        EXPECT_TRUE(death.run(rig, unmap));
+        EXPECT_TRUE(death.came());
+        rig.note_unmapped(unmap);
+        EXPECT_EQ(rig.sync(), 0);
+        return rig.lost();
+    };
+    EXPECT_EQ(lost(), 0u);
+    const Breaking breaking(Fault::take_before_stage);
+    EXPECT_GT(lost(), 0u);
+}
+
 // The service dies when an unmap has taken leaves out and not advanced; a device still has a translation that went through one of them.
 TEST(Restart, LetsNobodyPinWhatIsTakenOut)
 {
