@@ -50,6 +50,7 @@ enum class Fault {
     resized_not_summarized, // what a resize makes dirty is not summarized
     resized_behind_pass,    // a pass goes on though a resize has moved D to where it has been
     break_taken_for_fault,  // a device that finds no entry does not ask whether it is being replaced
+    collapse_cuts_leaf,     // a collapse that begins in a leaf makes two of it in the record
     naive_collapse,         // the leaves of a table that is collapsed are not read again after the grace
     // restart
     restart_without_advance, // what devices have cached is left alone

@@ -119,9 +119,8 @@ template <Format F> class Resizer
             } else if (!replicates()) {
                 r.at = r.end;
             } else if (e->leaf_lg2 < r.lg2) {
-                if (slice_.reserve_limit() != 0)
-                    return -ENOMEM;
-                slice_.relimit(r.at, std::min(e->end, r.end), r.lg2);
+                if (const int error = raise_limit(*e, r); error != 0)
+                    return error;
             } else {
                 budget -= std::min(budget, collapse_within(*e, r, level));
             }
@@ -219,6 +218,26 @@ template <Format F> class Resizer
     }
 
     // ---- collapse ----
+
+    // Of the leaves in the range that the extent's limit keeps small. 0 or -ENOMEM. A leaf that the range begins or ends in stays
+    // as it is: the record must not have it in two pieces, when the D of one is that of both.
+    int raise_limit(const Extent &e, Resize &r)
+    {
+        if (slice_.reserve_limit() != 0)
+            return -ENOMEM;
+        std::uint64_t end = std::min(e.end, r.end);
+        if (!fault(Fault::collapse_cuts_leaf)) {
+            if (const Leaf first = slice_.find(r.at); first.iova < r.at)
+                r.at = first.end();
+            if (const Leaf last = slice_.find(end - 1); last.end() > end)
+                end = last.iova;
+        }
+        if (r.at < end)
+            slice_.relimit(r.at, end, r.lg2);
+        else
+            r.at = std::min(e.end, r.end);
+        return 0;
+    }
 
     // The entries of one leaf-to-be; what it cost.
     unsigned collapse_within(const Extent &e, Resize &r, unsigned level)

@@ -350,6 +350,7 @@ Control control(Fault fault)
     case Fault::resized_not_summarized:
     case Fault::resized_behind_pass:
     case Fault::break_taken_for_fault:
+    case Fault::collapse_cuts_leaf:
     case Fault::naive_collapse:
         return {fault, "resize_test", nullptr};
     case Fault::death_skips_begun:

@@ -156,6 +156,37 @@ TEST(ResizeReplicas, MakeNoMapOfTwo)
     EXPECT_EQ(rig.lost(), 0u);
 }
 
+// A collapse that begins, or ends, in a leaf of many entries. Only one of them has its D.
+std::uint64_t lost_around(std::uint64_t first, std::uint64_t end, Fault fault)
+{
+    Rig rig({.all_sizes = true, .capacity = 16});
+    EXPECT_EQ(rig.map(4 * MiB, 4 * MiB, 4 * MiB), 0);
+    EXPECT_EQ(rig.split(4 * MiB, 4 * MiB, 18), 0);
+    EXPECT_EQ(rig.leaf_lg2(4 * MiB), 18u);
+    EXPECT_EQ(rig.enable(), 0);
+    for (const std::uint64_t leaf : {4 * MiB, 5 * MiB}) {
+        rig.device().enter();
+        for (const std::uint64_t page :
+             {7u, 2u}) // the second by what is cached of the first: 64 KiB, and that D is set
+            rig.write_inside(0, leaf + page * P, P);
+        static_cast<void>(rig.device().leave());
+    }
+    const Breaking breaking(fault);
+    EXPECT_EQ(rig.collapse(first, end - first, 30), 0);
+    EXPECT_EQ(rig.sync(), 0);
+    return rig.lost();
+}
+
+TEST(ResizeReplicas, AreNotCutByACollapse)
+{
+    const std::uint64_t inside = 4 * P;
+    EXPECT_EQ(lost_around(4 * MiB + inside, 6 * MiB, Fault::none), 0u);
+    EXPECT_EQ(lost_around(4 * MiB, 5 * MiB + inside, Fault::none), 0u);
+    EXPECT_EQ(lost_around(5 * MiB + inside, 5 * MiB + 2 * inside, Fault::none), 0u);
+    EXPECT_GT(lost_around(4 * MiB + inside, 6 * MiB, Fault::collapse_cuts_leaf), 0u);
+    EXPECT_GT(lost_around(4 * MiB, 5 * MiB + inside, Fault::collapse_cuts_leaf), 0u);
+}
+
 // ---- dirt ------------------------------------------------------------------------------------------------------------
 
 TEST_P(Resize, ReportsWhatWasDirtyThenWhatIsWritten)
