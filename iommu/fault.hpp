@@ -41,6 +41,7 @@ enum class Fault {
     detach_stopped,         // a live device's cells are dropped by force
     no_want_kick,           // the walker sleeps before a full ring without asking for a kick
     no_second_look,         // the walker sleeps without looking again after setting its flag
+    nap_ignores_bell,       // a walker that is awake does not heed the bell of a shard that naps
     arm_without_look,       // the producer publishes without looking at the event index
     clear_before_stage,     // D is cleared, then the run staged
     take_before_stage,      // leaves are unmapped, then what was dirty staged

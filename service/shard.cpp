@@ -63,6 +63,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     bool step(std::uint64_t now_ns) override
     {
         now_ = now_ns;
+        stirred_ = false;
         if (invalidation_.running())
             return settle();
         if (cancelled_)
@@ -77,6 +78,7 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     void submit(ShardOp &op) override
     {
+        stirred_ = true;
         op.reached = op.start;
         if (cancelled_)
             complete(op, -ECANCELED);
@@ -92,6 +94,7 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     void cancel() override
     {
+        stirred_ = true;
         cancelled_ = true;
         after_ = {};
         forget_owed();
@@ -161,12 +164,14 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     void add(const iommu::DmaThreads &threads) override
     {
+        stirred_ = true;
         invalidation_.add_cells(threads.cells);
         ops_.add(threads);
     }
 
     void remove(const iommu::DmaThreads &threads) override
     {
+        stirred_ = true;
         invalidation_.remove_cells(threads.cells);
         const std::size_t index = ops_.remove(threads);
         for (Sync &s : syncs_)

@@ -112,6 +112,8 @@ class Shard
     // Raises the flags that make peers wake the walker, and looks again (R5, S5).
     virtual Rest prepare_sleep(std::uint64_t now_ns) = 0;
     virtual void wake() = 0;
+    // Since its last step its owner has given it something to do, or taken it away: it does not sleep on.
+    [[nodiscard]] bool stirred() const { return stirred_; }
 
     // From here on the threads of a device, and their pins, are waited for. A restored shard knows its devices before its first step.
     virtual void add(const iommu::DmaThreads &threads) = 0;
@@ -122,6 +124,9 @@ class Shard
     virtual void bury(const iommu::DmaThreads &threads, std::function<void()> reported) = 0;
 
     [[nodiscard]] virtual ShardCounters counters() const = 0;
+
+  protected:
+    bool stirred_ = false; // beside the vtable's address: walkers look at it often
 };
 
 // format: enum dr_format, known here.

@@ -2,6 +2,9 @@
 //
 // do_work() goes once round everything it has and never waits. When a while has brought nothing it climbs down the idle ladder:
 // spin with pauses, then sleep until a peer rings, a task comes, or a shard's time is up.
+//
+// What has nothing to do while others keep the walker awake naps: it asks its peers to ring, as before a sleep, and is not looked at
+// until one does. So a guest that does nothing costs its neighbours nothing.
 #pragma once
 
 #include "service/inbox.hpp"
@@ -50,8 +53,16 @@ class Walker
     template <class T> struct Owned {
         T *item;
         std::uint64_t bell;
+        std::uint64_t worked_ns; // when it had work
+        bool naps = false;
+        std::uint64_t until_ns = 0; // it naps
     };
 
+    template <class T> static bool visit(Owned<T> &owned, std::uint64_t now_ns);
+    template <class T> static void nap(Owned<T> &owned, std::uint64_t now_ns);
+    template <class T> static void wake(Owned<T> &owned);
+    template <class T> static void wake_whose(std::vector<Owned<T>> &list, std::uint64_t bell);
+    template <class T> static Rest nap_all(std::vector<Owned<T>> &list, std::uint64_t now_ns);
     std::uint64_t watch(int fd);
     void unwatch(std::uint64_t bell);
     void reap();

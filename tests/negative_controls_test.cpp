@@ -361,6 +361,8 @@ Control control(Fault fault)
         return {fault, "restart_test", nullptr};
     case Fault::commands_not_recorded:
         return {fault, "command_journal_test", nullptr};
+    case Fault::nap_ignores_bell:
+        return {fault, "walker_test", nullptr};
     case Fault::no_lock:
         return {fault, "service_restart_test", nullptr};
     }

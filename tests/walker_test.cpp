@@ -1,0 +1,170 @@
+// When a walker lets a shard nap, and what wakes it. Time is what the test says; bells are eventfds.
+#include "service/walker.hpp"
+#include "tests/hook.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <functional>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+namespace dirtyring::test {
+namespace {
+
+using service::Rest;
+using service::ShardCounters;
+using service::ShardOp;
+
+// Counts what it is asked.
+struct ToldShard final : service::Shard {
+    bool works = false;
+    Rest rest;
+    unsigned steps = 0;
+    unsigned sleeps = 0;
+    unsigned wakes = 0;
+
+    bool step(std::uint64_t) override
+    {
+        ++steps;
+        stirred_ = false;
+        return works;
+    }
+    Rest prepare_sleep(std::uint64_t) override
+    {
+        ++sleeps;
+        return rest;
+    }
+    void wake() override { ++wakes; }
+    void submit(ShardOp &) override { stirred_ = true; }
+    void cancel() override {}
+    void add(const iommu::DmaThreads &) override {}
+    void remove(const iommu::DmaThreads &) override {}
+    void bury(const iommu::DmaThreads &, std::function<void()>) override {}
+    [[nodiscard]] ShardCounters counters() const override { return {}; }
+};
+
+// A walker with two shards, of which one always has work.
+class Naps : public testing::Test
+{
+  protected:
+    Naps()
+    {
+        busy.works = true;
+        walker.adopt(busy, busy_bell.get());
+        walker.adopt(idle, bell.get());
+        now = service::monotonic_ns();
+    }
+    ~Naps() override
+    {
+        walker.drop(idle);
+        walker.drop(busy);
+    }
+
+    void pass(std::uint64_t ns)
+    {
+        for (const std::uint64_t until = now + ns; now < until; now += 10'000)
+            walker.do_work(now);
+    }
+    void fall_asleep()
+    {
+        pass(2 * ms);
+        ASSERT_EQ(idle.sleeps, 1u);
+        idle.steps = 0;
+    }
+    void ring() { ASSERT_EQ(::eventfd_write(bell.get(), 1), 0); }
+    // The kernel tells of a bell when it comes to it.
+    bool woken_soon()
+    {
+        for (unsigned i = 0; i < 500 && idle.wakes == 0; ++i) {
+            walker.do_work(now);
+            ::usleep(1000);
+        }
+        return idle.wakes > 0;
+    }
+
+    static constexpr std::uint64_t ms = 1'000'000;
+
+    ring::Fd busy_bell{::eventfd(0, EFD_CLOEXEC)};
+    ring::Fd bell{::eventfd(0, EFD_CLOEXEC)};
+    ToldShard busy;
+    ToldShard idle;
+    service::Walker walker;
+    std::uint64_t now = 0;
+};
+
+TEST_F(Naps, BeginAfterAMillisecond)
+{
+    pass(ms / 2);
+    EXPECT_EQ(idle.sleeps, 0u);
+    EXPECT_GT(idle.steps, 10u);
+    fall_asleep();
+    pass(ms);
+    EXPECT_EQ(idle.steps, 0u);
+    EXPECT_EQ(idle.wakes, 0u);
+    EXPECT_EQ(busy.sleeps, 0u);
+}
+
+TEST_F(Naps, EndWithABell)
+{
+    fall_asleep();
+    ring();
+    EXPECT_TRUE(woken_soon());
+    pass(ms / 2);
+    EXPECT_GT(idle.steps, 0u);
+}
+
+TEST_F(Naps, EndWithEachBell)
+{
+    for (unsigned i = 1; i <= 3; ++i) {
+        pass(2 * ms);
+        ASSERT_EQ(idle.sleeps, i);
+        idle.wakes = 0;
+        ring();
+        ASSERT_TRUE(woken_soon()) << i;
+        pass(10'000);
+    }
+}
+
+TEST_F(Naps, EndInTime)
+{
+    idle.rest.until_ns = now + 5 * ms;
+    fall_asleep();
+    pass(2 * ms);
+    EXPECT_EQ(idle.steps, 0u);
+    pass(2 * ms);
+    EXPECT_EQ(idle.wakes, idle.steps);
+    EXPECT_GT(idle.steps, 0u);
+}
+
+TEST_F(Naps, EndWithWhatItsOwnerGives)
+{
+    fall_asleep();
+    struct Nothing final : ShardOp {
+        void done() override {}
+    } op;
+    idle.submit(op);
+    pass(10'000);
+    EXPECT_EQ(idle.wakes, 1u);
+    EXPECT_EQ(idle.steps, 1u);
+}
+
+TEST_F(Naps, AreNotForTheBusy)
+{
+    idle.rest.busy = true;
+    pass(3 * ms);
+    EXPECT_GT(idle.sleeps, 1u);
+    EXPECT_EQ(idle.wakes, idle.sleeps);
+    EXPECT_GT(idle.steps, 250u);
+}
+
+TEST_F(Naps, WouldLastForeverWithoutBells)
+{
+    const Breaking breaking(Fault::nap_ignores_bell);
+    fall_asleep();
+    ring();
+    EXPECT_FALSE(woken_soon());
+}
+
+} // namespace
+} // namespace dirtyring::test
