@@ -24,6 +24,7 @@ packages=(
     libspdlog-dev       # logs
     libsystemd-dev      # sd_notify
     liburing-dev        # event loop
+    llvm                # names of functions in what the sanitizers report
     ninja-build
     nlohmann-json3-dev  # results of the tool
     pkg-config

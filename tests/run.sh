@@ -56,7 +56,7 @@ done
 
 if [ -n "${DIRTYRING_FULL-}" ]; then
     step "test: dev, what starts processes, 100 times, several at once; build/dev/repeated.log"
-    DIRTYRING_REPEATED=1 ctest --preset dev --label-regex processes --repeat until-fail:100 --parallel $((8 * jobs)) --quiet \
+    DIRTYRING_REPEATED=1 ctest --preset dev --label-regex processes --repeat until-fail:100 --parallel $((3 * jobs)) --quiet \
         --output-log "$PWD/build/dev/repeated.log" ||
         { grep -E 'Failed|Timeout|tests failed' build/dev/repeated.log; exit 1; }
     tail -n 12 build/dev/repeated.log | grep -E 'tests passed|Total'

@@ -1,6 +1,8 @@
 // dirtyringd and requests: what each refuses and with which errno, as ring/control.h says.
 #include "tests/service_peers.hpp"
 
+#include <sys/resource.h>
+
 namespace dirtyring::test {
 namespace {
 
@@ -276,6 +278,29 @@ class ServiceHwptAlloc : public testing::Test
     RawGuest guest{daemon};
     std::uint32_t ioas = guest.get<dr_object>(DR_IOAS_ALLOC, dr_empty{}).id;
 };
+
+// However early descriptors run out: refused, nothing half done, and made once there are some.
+TEST_F(ServiceHwptAlloc, FailsWholeWhenDescriptorsRunOut)
+{
+    const std::size_t before = daemon.settled_descriptors();
+    rlimit usual{};
+    ASSERT_EQ(::prlimit(daemon.process().pid(), RLIMIT_NOFILE, nullptr, &usual), 0);
+    unsigned refused = 0;
+    for (rlim_t descriptors = before - 2;; ++descriptors) {
+        const rlimit few{descriptors, usual.rlim_max};
+        ASSERT_EQ(::prlimit(daemon.process().pid(), RLIMIT_NOFILE, &few, nullptr), 0);
+        const Reply reply = guest.call(DR_HWPT_ALLOC, RawGuest::hwpt_request(ioas));
+        ASSERT_EQ(::prlimit(daemon.process().pid(), RLIMIT_NOFILE, &usual, nullptr), 0);
+        ASSERT_FALSE(reply.closed);
+        if (reply.error() == 0)
+            break;
+        ++refused;
+        expect_refused(reply, EMFILE);
+        EXPECT_EQ(daemon.settled_descriptors(), before) << descriptors;
+        ASSERT_LT(descriptors, before + 100);
+    }
+    EXPECT_GT(refused, 5u);
+}
 
 TEST_F(ServiceHwptAlloc, WantsFieldsWithinTheirRange)
 {

@@ -290,6 +290,21 @@ TEST_P(Reserve, FailsWithNothingHalfDone)
     }
 }
 
+// Whatever makes no tables works without any memory left.
+TEST_P(Reserve, IsForMapsOnly)
+{
+    Rig rig({.leaf_lg2_max = 12});
+    ASSERT_EQ(rig.map(0, 16 * MiB, 0), 0);
+    rig.present_steps = 0;
+    EXPECT_EQ(rig.map(GiB, 16 * MiB, 16 * MiB), -ENOMEM);
+    EXPECT_EQ(rig.enable(), 0);
+    rig.write(0, 0, 8 * P);
+    EXPECT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+    EXPECT_EQ(rig.unmap(0, 16 * MiB), 0);
+    EXPECT_EQ(rig.disable(), 0);
+}
+
 TEST_P(Unmap, MixedLeavesAndHoles)
 {
     Rig rig({.memory = 4 * GiB});
