@@ -107,6 +107,8 @@ class Process
         : said_(need(::memfd_create("stderr", MFD_CLOEXEC), "memfd_create")),
           printed_(need(::memfd_create("stdout", MFD_CLOEXEC), "memfd_create"))
     {
+        // A supervisor and its worker share the file, and in a memfd not even its offset is theirs alone while they write.
+        need(::fcntl(said_.get(), F_SETFL, O_APPEND), "fcntl");
         std::vector<char *> arguments;
         for (std::string &word : words)
             arguments.push_back(word.data());
