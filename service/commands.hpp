@@ -81,7 +81,7 @@ class Commands
     // True: nothing to do, and the VMM will kick.
     [[nodiscard]] bool prepare_sleep();
     void wake();
-    // A part has come back, or the guest's objects have changed: what waits may be able to go on.
+    // A part has come back, or commands were left by a worker before: what waits may be able to go on.
     [[nodiscard]] bool stirred() const { return look_again_; }
 
     // Gives up what is in flight: no more parts are sent, those that are out come back.

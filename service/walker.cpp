@@ -184,10 +184,13 @@ void Walker::unwatch(std::uint64_t bell)
 void Walker::reap()
 {
     uring_.reap([this](std::uint64_t bell, int result, unsigned flags) {
+        const auto it = bells_.find(bell);
+        if (it == bells_.end()) // a call to a peer, or a poll that was cancelled
+            return;
         wake_whose(shards_, bell);
         wake_whose(commands_, bell);
         // A poll that ended by itself (the completion queue overflowed) is made again.
-        if (const auto it = bells_.find(bell); it != bells_.end() && (flags & IORING_CQE_F_MORE) == 0 && result >= 0)
+        if ((flags & IORING_CQE_F_MORE) == 0 && result >= 0)
             uring_.poll(it->second, bell);
     });
 }

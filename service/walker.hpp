@@ -4,7 +4,7 @@
 // spin with pauses, then sleep until a peer rings, a task comes, or a shard's time is up.
 //
 // What has nothing to do while others keep the walker awake naps: it asks its peers to ring, as before a sleep, and is not looked at
-// until one does. So a guest that does nothing costs its neighbours nothing.
+// until one does. So a guest that does nothing costs its neighbours a look at two words.
 #pragma once
 
 #include "service/inbox.hpp"

@@ -269,6 +269,7 @@ TEST(ServiceDescriptors, ThatRunOutAreRefusedAndHarmNobody)
             crowd.push_back(connected(daemon.socket()));
         bystander.expect_tracks();
     }
+    Peer(daemon).hello(); // in turn: the crowd has been let in, and found gone
     daemon.expect_descriptors(before);
     Vm newcomer(daemon);
     newcomer.expect_tracks();
