@@ -7,6 +7,8 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <fcntl.h>
+#include <poll.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <system_error>
@@ -75,6 +77,7 @@ void Control::run(const std::function<void()> &ready)
         if (socket_ && taken_up_ == 0) {
             if (is_listening(socket_.get())) {
                 listener_ = std::move(socket_);
+                ::fcntl(listener_.get(), F_SETFL, ::fcntl(listener_.get(), F_GETFL) | O_NONBLOCK);
                 accept_next();
             } else {
                 adopt(std::move(socket_));
@@ -93,11 +96,11 @@ void Control::run(const std::function<void()> &ready)
 
 void Control::on_completion(std::uint64_t user_data, int result, unsigned flags)
 {
-    const std::uint64_t id = user_data & (tag(accepted) - 1);
+    const std::uint64_t id = user_data & (tag(acceptable) - 1);
     const bool ended = (flags & IORING_CQE_F_MORE) == 0;
     switch (user_data >> 56) {
-    case accepted:
-        on_accept(result, flags);
+    case acceptable:
+        on_acceptable();
         break;
     case pause_over:
         accept_next();
@@ -132,26 +135,27 @@ void Control::on_completion(std::uint64_t user_data, int result, unsigned flags)
 
 // ---- connections ----------------------------------------------------------------------------------------------------------
 
+// Not an accept in io_uring: that waits exclusively, and the one of a dead predecessor, until the kernel has taken its io_uring apart,
+// is then the only one that is woken.
 void Control::accept_next()
 {
     io_uring_sqe *entry = uring_.sqe(0);
-    io_uring_prep_multishot_accept(entry, listener_.get(), nullptr, nullptr, SOCK_CLOEXEC);
-    entry->user_data = tag(accepted);
+    io_uring_prep_poll_add(entry, listener_.get(), POLLIN);
+    entry->user_data = tag(acceptable);
 }
 
-void Control::on_accept(int result, unsigned flags)
+void Control::on_acceptable()
 {
-    if (result >= 0)
-        adopt(ring::Fd(result));
-    else
-        spdlog::warn("cannot accept a connection: {}", std::strerror(-result));
-    if ((flags & IORING_CQE_F_MORE) != 0)
+    if (ring::Fd socket{::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC)}) {
+        adopt(std::move(socket));
+    } else if (errno != EAGAIN && errno != EINTR) {
+        spdlog::warn("cannot accept a connection: {}", std::strerror(errno));
+        io_uring_sqe *entry = uring_.sqe(0);
+        io_uring_prep_timeout(entry, const_cast<__kernel_timespec *>(&accept_pause), 0, 0);
+        entry->user_data = tag(pause_over);
         return;
-    if (result >= 0)
-        return accept_next();
-    io_uring_sqe *entry = uring_.sqe(0);
-    io_uring_prep_timeout(entry, const_cast<__kernel_timespec *>(&accept_pause), 0, 0);
-    entry->user_data = tag(pause_over);
+    }
+    accept_next();
 }
 
 void Control::adopt(ring::Fd socket)

@@ -29,7 +29,7 @@ namespace dirtyring::service {
 // The upper byte of user_data says what completed, the rest for whom.
 enum Kind : std::uint64_t {
     ignored = 0,
-    accepted = 1,
+    acceptable = 1,
     pause_over = 2,
     signalled = 3,
     task = 4,
@@ -95,7 +95,7 @@ class Control
     // ---- the loop (control.cpp) ----
     void on_completion(std::uint64_t user_data, int result, unsigned flags);
     void accept_next();
-    void on_accept(int result, unsigned flags);
+    void on_acceptable();
     void adopt(ring::Fd socket);
     void receive(Connection &c);
     void on_received(Connection &c, int result);

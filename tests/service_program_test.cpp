@@ -1,8 +1,10 @@
 // dirtyringd as a program: descriptors it is started with, sockets, signals, logs; and a fuzzer beside a guest that keeps the rules.
 #include "tests/service_peers.hpp"
 
+#include <liburing.h>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <sys/epoll.h>
 
 namespace dirtyring::test {
 namespace {
@@ -82,6 +84,25 @@ TEST_P(ServiceListeningFd, IsServed)
     EXPECT_EQ(service.exit_code(), 0) << service.said();
     EXPECT_THAT(service.said(), Not(HasSubstr("cannot accept")));
     EXPECT_EQ(::unlink(path.c_str()), 0) << "the socket is its owner's";
+}
+
+// As a dead predecessor's io_uring may, until the kernel has taken it apart: who waits exclusively takes a connection's only wake.
+TEST(ServiceProgram, ServesAListenerThatOthersWaitFor)
+{
+    TemporaryDirectory directory;
+    const std::string path = directory.path() + "/socket";
+    const Fd listener = listening_on(path, SOCK_STREAM);
+    io_uring dead{};
+    ASSERT_EQ(io_uring_queue_init(4, &dead, 0), 0);
+    io_uring_prep_poll_multishot(io_uring_get_sqe(&dead), listener.get(), POLLIN | EPOLLEXCLUSIVE);
+    ASSERT_EQ(io_uring_submit(&dead), 1);
+    Process service(with_fd(listener.get()), [&] { keep_over_exec(listener); });
+    for (int i = 0; i < 3; ++i)
+        Peer(connected(path)).hello();
+    service.signal(SIGTERM);
+    EXPECT_EQ(service.exit_code(), 0) << service.said();
+    io_uring_queue_exit(&dead);
+    EXPECT_EQ(::unlink(path.c_str()), 0);
 }
 
 class ServiceConnectedFd : public testing::TestWithParam<int>
