@@ -10,6 +10,8 @@
 namespace dirtyring::iommu {
 
 inline constexpr unsigned table_size_lg2 = 12;
+inline constexpr std::uint64_t large_page_tables = 512; // whose pages make a page of 2 MiB
+inline constexpr std::uint64_t large_page = large_page_tables << table_size_lg2;
 inline constexpr unsigned aperture_lg2_min = entry_lg2(1); // one table
 inline constexpr unsigned aperture_lg2_max = 48;           // every device maps the memory of all tables
 inline constexpr unsigned levels_max = 6;
@@ -38,13 +40,17 @@ constexpr std::uint64_t tables_at(unsigned slice_lg2, unsigned level)
 }
 
 // Every table that a shard could ever have has a number of its own in the shard's index range, level by level from the top, in the order
-// of IOVAs: tables that translate neighbours are neighbours, and the eight below a line share a byte of table bits.
+// of IOVAs: tables that translate neighbours are neighbours, and the eight below a line share a byte of table bits. The lowest ones, for
+// 1 GiB each time, share a large page.
 constexpr std::uint64_t first_number(unsigned slice_lg2, unsigned level)
 {
-    return level == top_level ? 0 : round_up(first_number(slice_lg2, level + 1) + tables_at(slice_lg2, level + 1), 64);
+    if (level == top_level)
+        return 0;
+    return round_up(first_number(slice_lg2, level + 1) + tables_at(slice_lg2, level + 1),
+                    level == 0 ? large_page_tables : 64);
 }
 
-// Table indices of one shard, in whole cache lines of table bits.
+// Table indices of one shard, in whole cache lines of table bits and large pages.
 constexpr std::uint64_t shard_tables(unsigned slice_lg2)
 {
     return round_up(first_number(slice_lg2, 0) + tables_at(slice_lg2, 0), 512);
@@ -103,7 +109,7 @@ constexpr dr_translation_header make_geometry(unsigned format, unsigned aperture
     h.tables = first_table(h, shards);
     h.table_bits = 0;
     h.line_words = round_up(h.tables / 8, page);
-    h.table_pages = round_up(h.line_words + h.tables * 8, page);
+    h.table_pages = round_up(h.line_words + h.tables * 8, large_page);
     h.tables_size = h.table_pages + (h.tables << table_size_lg2);
     h.shard_controls = page;
     h.generations = round_up(h.shard_controls + shards * sizeof(dr_shard_control), page);

@@ -36,6 +36,7 @@ template <Format F> class SliceTables
         for (unsigned level = 0; level <= top_level; ++level)
             first_[level] = first_number(h.slice_lg2, level);
         present_.resize(shard_tables(h.slice_lg2) / granule_tables / 64 + 1);
+        large_.resize(shard_tables(h.slice_lg2) / large_page_tables / 64 + 1);
     }
     SliceTables(const SliceTables &) = delete;
     SliceTables &operator=(const SliceTables &) = delete;
@@ -144,6 +145,11 @@ template <Format F> class SliceTables
     {
         record_.link(table);
         point(Point::map_table_noted);
+        const std::uint64_t large = table / large_page_tables;
+        if (test(large_, large) || !all_linked(large * large_page_tables, large_page_tables))
+            return;
+        set(large_, large);
+        backing_.make_large(page_offset(large * large_page_tables));
     }
 
     // Makes the parent's entry point to the table.
@@ -209,6 +215,7 @@ template <Format F> class SliceTables
             if ((record_.linked_word(first / 64) >> (first % 64) & ((1ull << granule_tables) - 1)) != 0)
                 continue;
             clear(present_, granule);
+            clear(large_, first / large_page_tables);
             backing_.give_back(page_offset(first), granule_tables << table_size_lg2);
         }
         retired_.clear();
@@ -303,6 +310,16 @@ template <Format F> class SliceTables
         return entry(base(table), level_of(table) + 1);
     }
 
+    // Whole words of the record.
+    [[nodiscard]] bool all_linked(std::uint64_t first, std::uint64_t count) const
+    {
+        for (std::uint64_t word = first / 64; word < (first + count) / 64; ++word) {
+            if (~record_.linked_word(word) != 0)
+                return false;
+        }
+        return true;
+    }
+
     // ---- sets of bits ----
 
     static bool test(const Bits &bits, std::uint64_t i) { return (bits[i / 64] >> (i % 64) & 1) != 0; }
@@ -325,6 +342,7 @@ template <Format F> class SliceTables
     SliceRecord &record_;
     std::array<std::uint64_t, top_level + 1> first_{}; // number of the first table of each level
     Bits present_;                                     // granules whose memory is there
+    Bits large_;                                       // large pages, perhaps
     std::vector<std::uint64_t> retired_;               // unlinked, perhaps still walked
     bool dirtied_ = false;
 };

@@ -76,7 +76,8 @@ class BenchHwpt
                 [&region](std::uint64_t offset, std::uint64_t length) { return region.make_present(offset, length); };
         };
         config.backing = {there(tables_),
-                          [this](std::uint64_t offset, std::uint64_t length) { tables_.give_back(offset, length); }};
+                          [this](std::uint64_t offset, std::uint64_t length) { tables_.give_back(offset, length); },
+                          [this](std::uint64_t offset) { static_cast<void>(tables_.make_large(offset)); }};
         must(record_.make("bench-record", iommu::SliceRecord::size(h_), ring::Pages::sparse));
         config.record = {record_.map.data(), h_, there(record_)};
         config.call = [] {};

@@ -39,6 +39,8 @@ class Fd
     int fd_ = -1;
 };
 
+inline constexpr std::size_t large_page = 2u << 20; // of the processor
+
 // Owns a mapping.
 class Mapping
 {
@@ -59,9 +61,11 @@ class Mapping
             ::munmap(base_, size_);
     }
 
+    // Where a large page has room, the mapping begins at a multiple of one if it can: so the kernel may map such pages.
     int map(int fd, std::size_t size, int protection, off_t offset = 0)
     {
-        void *base = ::mmap(nullptr, size, protection, MAP_SHARED | MAP_NORESERVE, fd, offset);
+        void *base = ::mmap(size < large_page ? nullptr : aligned_room(size), size, protection,
+                            MAP_SHARED | MAP_NORESERVE, fd, offset);
         if (base == MAP_FAILED)
             return -errno;
         *this = Mapping(base, size);
@@ -77,6 +81,16 @@ class Mapping
 
   private:
     Mapping(void *base, std::size_t size) : base_(base), size_(size) {}
+
+    // A hint: another thread may be faster, and the descriptor's own pages may be larger.
+    static void *aligned_room(std::size_t size)
+    {
+        void *room = ::mmap(nullptr, size + large_page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (room == MAP_FAILED)
+            return nullptr;
+        ::munmap(room, size + large_page);
+        return static_cast<std::byte *>(room) + (-reinterpret_cast<std::uintptr_t>(room) & (large_page - 1));
+    }
 
     void *base_ = nullptr;
     std::size_t size_ = 0;
@@ -120,6 +134,14 @@ struct Region {
     {
         ::fallocate(fd.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
                     static_cast<off_t>(length));
+    }
+
+    // Puts what is in large_page bytes at `offset` into one page, for everybody who maps it aligned. Waits for all processors:
+    // milliseconds, where they are busy. 0 or -errno; then it is as it was.
+    int make_large(std::size_t offset) const
+    {
+        constexpr int collapse = 25; // MADV_COLLAPSE, newer than Debian 12's headers: Linux 6.1
+        return ::madvise(map.data() + offset, large_page, collapse) == 0 ? 0 : -errno;
     }
 
     // A descriptor of the same memory that cannot be mapped for writing.

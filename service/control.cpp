@@ -84,7 +84,9 @@ void Control::run(const std::function<void()> &ready)
             }
             ready();
         }
-        if (inbox_.prepare_sleep())
+        if (!to_make_large_.empty())
+            make_large_page();
+        else if (inbox_.prepare_sleep())
             uring_.submit_and_wait(0, UINT64_MAX);
         inbox_.wake();
         inbox_.drain();

@@ -15,10 +15,12 @@
 #include "service/uring.hpp"
 #include "service/walker.hpp"
 
+#include <compare>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <tl/expected.hpp>
 #include <utility>
@@ -184,6 +186,15 @@ class Control
     void on_reported(const Token &token, std::uint32_t device);
     void release(const std::shared_ptr<Guest> &guest, std::uint32_t device, Then then);
 
+    // ---- pages of 2 MiB for tables (large_pages.cpp) ----
+    struct LargePage {
+        Token guest;
+        std::uint32_t hwpt;
+        std::uint64_t offset; // in its tables
+        auto operator<=>(const LargePage &) const = default;
+    };
+    void make_large_page();
+
     // ---- who holds a guest up (stalls.cpp) ----
     void on_stalled(const Token &token, std::uint32_t hwpt, unsigned shard, const dr_cell *cell);
     // Nobody waits any more where this is true.
@@ -224,6 +235,7 @@ class Control
         __kernel_timespec time;
     };
     std::map<std::uint64_t, Timer> timers_; // of guests that linger
+    std::set<LargePage> to_make_large_;     // when there is nothing else to do
 };
 
 } // namespace dirtyring::service

@@ -17,6 +17,7 @@ namespace dirtyring::service {
 namespace {
 
 static_assert(iommu::shards_max == DR_SHARDS_MAX);
+static_assert(iommu::large_page == ring::large_page);
 
 // A generation is touched where something is mapped only; beyond this many bytes they come into being then.
 constexpr std::uint64_t translation_present_max = 16ull << 20;
@@ -244,6 +245,7 @@ Result<void> Hwpt::make_shard_home(const HwptPlan &plan, std::uint32_t index, Wa
         return tables.make_present(offset, length);
     };
     config.backing.give_back = [this](std::uint64_t offset, std::uint64_t length) { tables.give_back(offset, length); };
+    config.backing.make_large = plan.make_large;
     config.call = [&owner, fd = home.call.get()] { owner.call(fd); };
     config.record = slice_record(index);
     config.restored = holdings.restored();

@@ -33,6 +33,7 @@ struct HwptPlan {
     dr_hwpt_alloc request;
     std::uint64_t stall_ns;
     std::function<void(unsigned shard, const dr_cell *)> stalled; // see ShardConfig
+    std::function<void(std::uint64_t offset)> make_large;         // see Backing
 };
 
 struct Hwpt {

@@ -207,6 +207,56 @@ TEST(ServiceDevice, WritesWhereTheMapSaysOrNowhere)
     EXPECT_EQ(in_low, 0u) << "a write to OA 2^52 went to OA 0";
 }
 
+// ---- memory of tables ------------------------------------------------------------------------------------------------
+
+// Bytes of tables that a process maps by large pages.
+std::uint64_t large_tables(const std::string &process)
+{
+    std::ifstream maps("/proc/" + process + "/smaps");
+    bool tables = false;
+    std::uint64_t kilobytes = 0;
+    for (std::string line; std::getline(maps, line);) {
+        if (line.find(" /memfd:") != std::string::npos || line.find("-") < line.find(" "))
+            tables = line.find("/memfd:dirtyring-tables") != std::string::npos;
+        else if (tables && line.starts_with("ShmemPmdMapped:"))
+            kilobytes += std::stoull(line.substr(line.find(':') + 1));
+    }
+    return kilobytes * 1024;
+}
+
+bool kernel_makes_large_pages()
+{
+    ring::Region region;
+    return region.make("large", 2 * ring::large_page, ring::Pages::present) == 0 && region.make_large(0) == 0;
+}
+
+TEST(ServiceTables, OfAWholeGiBAreInOneLargePageForAll)
+{
+    if (!kernel_makes_large_pages())
+        GTEST_SKIP() << "this kernel makes no large pages of shared memory (Linux 6.1 does)";
+    constexpr std::uint64_t gib = 1ull << 30;
+    Daemon daemon;
+    RawGuest guest(daemon);
+    const Fd memory = memory_file(gib);
+    guest.add_memory(0, gib, memory);
+    const std::uint32_t ioas = guest.get<dr_object>(DR_IOAS_ALLOC, dr_empty{}).id;
+    const std::uint32_t hwpt = guest.get<dr_hwpt>(DR_HWPT_ALLOC, RawGuest::hwpt_request(ioas)).id;
+    for (int i = 0; i < 2; ++i) {
+        EXPECT_EQ(guest.run(map_command(ioas, gib, gib, 0)), 0);
+        EXPECT_TRUE(
+            comes_true([&] { return large_tables(std::to_string(daemon.process().pid())) == ring::large_page; }));
+        const Device device = attach(daemon.socket(), guest.info.token, hwpt);
+        for (std::uint64_t at = 0; at < gib; at += gib / 64)
+            dma_write(device, gib + at);
+        EXPECT_EQ(large_tables("self"), ring::large_page);
+        EXPECT_EQ(guest.run(unmap_command(ioas, gib, gib)), 0);
+        EXPECT_EQ(large_tables(std::to_string(daemon.process().pid())), 0u) << "its memory is given back";
+    }
+    EXPECT_EQ(guest.run(map_command(ioas, gib, gib - page, 0)), 0); // in all its tables, if not in all of the last one
+    EXPECT_EQ(guest.run(map_command(ioas, 2 * gib, gib - 512 * page, 0)), 0);
+    EXPECT_TRUE(comes_true([&] { return large_tables(std::to_string(daemon.process().pid())) == ring::large_page; }));
+}
+
 // ---- objects and guests that come and go -----------------------------------------------------------------------------
 
 TEST(ServiceLife, OfAnHwptEndsWithWhatIsInFlight)

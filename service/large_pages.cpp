@@ -1,0 +1,26 @@
+// The memory of tables in pages of 2 MiB: dirt in a large guest would otherwise cost a TLB miss for each table. The kernel waits for all
+// processors before it makes one, so that no walker asks for it.
+#include "service/control.hpp"
+
+#include <spdlog/spdlog.h>
+
+#include <cstring>
+
+namespace dirtyring::service {
+
+// One each time: requests do not wait for a TiB of them.
+void Control::make_large_page()
+{
+    const LargePage page = to_make_large_.extract(to_make_large_.begin()).value();
+    const auto guest = guests_.find(page.guest);
+    if (guest == guests_.end())
+        return;
+    const auto hwpt = guest->second->hwpts.find(page.hwpt);
+    if (hwpt == guest->second->hwpts.end())
+        return;
+    if (const int error = hwpt->second->tables.make_large(page.offset); error != 0)
+        spdlog::debug("guest {}: tables of hwpt {} stay in small pages: {}", guest->second->number(), page.hwpt,
+                      std::strerror(-error));
+}
+
+} // namespace dirtyring::service
