@@ -1,15 +1,16 @@
-// Many entries of a table at once: which match a pattern, and D taken out of those that have it. By the widest instructions that the
+// Lines of a table at once: in which entries match a pattern, and D taken out of those that have it. By the widest instructions that the
 // processor has.
 //
-// A mask of the whole table comes first, then it is acted on: a branch for each line is bound by mispredictions.
+// Lines are listed first, many of them, then acted on: a branch for each line is bound by mispredictions.
 #pragma once
 
 #include "iommu/format.hpp"
 
-#include <array>
 #include <atomic>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 
 // TSan takes no vector for atomic; a model of memory orderings knows none.
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(DIRTYRING_NO_VECTORS)
@@ -19,81 +20,33 @@
 
 namespace dirtyring::iommu {
 
-// Some entries of a table.
-class EntrySet
-{
-  public:
-    static constexpr unsigned words = table_entries / 64;
-
-    [[nodiscard]] std::uint64_t word(unsigned i) const { return words_[i]; }
-    // Of a line: bit i is its entry i.
-    [[nodiscard]] unsigned line(unsigned i) const
-    {
-        return static_cast<unsigned>(words_[i / 8] >> (i % 8 * line_entries)) & 0xff;
-    }
-    void set_line(unsigned i, unsigned mask) { words_[i / 8] |= std::uint64_t{mask} << (i % 8 * line_entries); }
-    void set_word(unsigned i, std::uint64_t bits) { words_[i] = bits; }
-
-    // Of each line in which there are any, those of keep(line).
-    template <class Keep> void keep_lines(Keep keep)
-    {
-        for (std::uint64_t rest = lines(); rest != 0; rest &= rest - 1) {
-            const auto i = static_cast<unsigned>(std::countr_zero(rest));
-            words_[i / 8] &= ~(std::uint64_t{0xff & ~keep(i)} << (i % 8 * line_entries));
-        }
-    }
-
-    // Calls keep(first, n) for each stretch of n entries of a word, which may make n smaller; those for which it says no go.
-    template <class Keep> void keep_stretches(Keep keep)
-    {
-        unsigned occupied = 0; // words: one misprediction for all that are empty
-        for (unsigned w = 0; w < words; ++w)
-            occupied |= static_cast<unsigned>(words_[w] != 0) << w;
-        for (; occupied != 0; occupied &= occupied - 1) {
-            const auto w = static_cast<unsigned>(std::countr_zero(occupied));
-            for (std::uint64_t rest = words_[w]; rest != 0;) {
-                const auto first = static_cast<unsigned>(std::countr_zero(rest));
-                auto n = static_cast<unsigned>(std::countr_one(rest >> first));
-                const bool kept = keep(w * 64 + first, n);
-                const std::uint64_t these = ~0ull >> (64 - n) << first;
-                rest &= ~these;
-                if (!kept)
-                    words_[w] &= ~these;
-            }
-        }
-    }
-
-    // [first, first + n), within one word.
-    void add(unsigned first, unsigned n) { words_[first / 64] |= ~0ull >> (64 - n) << (first % 64); }
-
-    [[nodiscard]] bool any() const
-    {
-        std::uint64_t all = 0;
-        for (const std::uint64_t w : words_)
-            all |= w;
-        return all != 0;
-    }
-
-    // Lines in which there is one.
-    [[nodiscard]] std::uint64_t lines() const
-    {
-        std::uint64_t lines = 0;
-        for (unsigned i = 0; i < words; ++i)
-            lines |= lines_of(words_[i]) << (i * 8);
-        return lines;
-    }
-
-  private:
-    // A bit for each byte that is not 0.
-    static std::uint64_t lines_of(std::uint64_t word)
-    {
-        constexpr std::uint64_t low_bits = 0x7f7f'7f7f'7f7f'7f7f;
-        const std::uint64_t high_bits = (((word & low_bits) + low_bits) | word) & ~low_bits;
-        return (high_bits >> 7) * 0x0102'0408'1020'4080 >> 56;
-    }
-
-    std::array<std::uint64_t, words> words_{};
+// Some entries of a line.
+struct LineEntries {
+    std::uint64_t *entries; // the line's
+    std::uint64_t iova;     // of entries[0]
+    std::uint32_t mask;     // bit i: entries[i]
+    std::uint16_t line;     // of its table
+    std::uint16_t table;    // the caller's
 };
+
+// A table whose leaves are looked at.
+struct OpenTable {
+    std::uint64_t *entries;
+    std::uint64_t iova; // of entries[0]
+    unsigned level;
+
+    [[nodiscard]] std::uint64_t iova_of(unsigned entry) const
+    {
+        return iova + (std::uint64_t{entry} << entry_lg2(level));
+    }
+    [[nodiscard]] LineEntries line(unsigned i, unsigned mask, unsigned which) const
+    {
+        return {entries + std::size_t{i} * line_entries, iova_of(i * line_entries), mask, static_cast<std::uint16_t>(i),
+                static_cast<std::uint16_t>(which)};
+    }
+};
+
+inline constexpr std::size_t table_lines = table_entries / line_entries;
 
 namespace scan {
 
@@ -105,29 +58,23 @@ inline const bool has_avx2 = __builtin_cpu_supports("avx2") != 0;
 // An aligned vector is loaded and stored entry by entry or as a whole, no entry torn, and ordered as any load and store is; entries that a
 // masked store leaves out are not written.
 
-__attribute__((target("avx512f"), always_inline)) inline std::uint64_t line_avx512(const std::uint64_t *line, Pattern p)
+__attribute__((target("avx512f"), always_inline)) inline unsigned line_avx512(const std::uint64_t *line, Pattern p)
 {
     const __m512i mask = _mm512_set1_epi64(static_cast<long long>(p.mask));
     const __m512i value = _mm512_set1_epi64(static_cast<long long>(p.value));
     return _mm512_cmpeq_epi64_mask(_mm512_and_si512(_mm512_load_si512(line), mask), value);
 }
 
-__attribute__((target("avx512f"))) inline void match_avx512(const std::uint64_t *entries, std::uint64_t lines,
-                                                            Pattern p, EntrySet &found)
+__attribute__((target("avx512f"))) inline std::size_t find_avx512(const OpenTable &table, std::uint64_t lines,
+                                                                  Pattern p, unsigned which, LineEntries *out)
 {
-    if (~lines == 0) {
-        for (unsigned w = 0; w < EntrySet::words; ++w) {
-            std::uint64_t bits = 0;
-            for (unsigned i = 0; i < 8; ++i)
-                bits |= line_avx512(entries + (w * 8 + i) * line_entries, p) << (i * line_entries);
-            found.set_word(w, bits);
-        }
-        return;
-    }
+    std::size_t n = 0;
     for (; lines != 0; lines &= lines - 1) {
         const auto i = static_cast<unsigned>(std::countr_zero(lines));
-        found.set_line(i, static_cast<unsigned>(line_avx512(entries + i * line_entries, p)));
+        out[n] = table.line(i, line_avx512(table.entries + i * line_entries, p), which);
+        n += out[n].mask != 0 ? 1 : 0;
     }
+    return n;
 }
 
 __attribute__((target("avx2"), always_inline)) inline unsigned half_line_avx2(const std::uint64_t *half, Pattern p)
@@ -139,60 +86,71 @@ __attribute__((target("avx2"), always_inline)) inline unsigned half_line_avx2(co
     return static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(equal)));
 }
 
-__attribute__((target("avx2"))) inline void match_avx2(const std::uint64_t *entries, std::uint64_t lines, Pattern p,
-                                                       EntrySet &found)
+__attribute__((target("avx2"))) inline std::size_t find_avx2(const OpenTable &table, std::uint64_t lines, Pattern p,
+                                                             unsigned which, LineEntries *out)
 {
+    std::size_t n = 0;
     for (; lines != 0; lines &= lines - 1) {
         const auto i = static_cast<unsigned>(std::countr_zero(lines));
-        const std::uint64_t *line = entries + i * line_entries;
-        found.set_line(i, half_line_avx2(line, p) | half_line_avx2(line + line_entries / 2, p) << (line_entries / 2));
+        const std::uint64_t *line = table.entries + i * line_entries;
+        const unsigned low = half_line_avx2(line, p);
+        out[n] = table.line(i, low | half_line_avx2(line + line_entries / 2, p) << (line_entries / 2), which);
+        n += out[n].mask != 0 ? 1 : 0;
     }
+    return n;
 }
 
-// Flips bits of those entries in `set` that match; returns the others of that line.
-__attribute__((target("avx512f"))) inline unsigned flip_line_avx512(std::uint64_t *line, unsigned set, Pattern p,
-                                                                    std::uint64_t flip)
+// Flips bits of those entries that match; takes them out of the masks. True: others are left.
+__attribute__((target("avx512f"))) inline bool flip_avx512(std::span<LineEntries> lines, Pattern p, std::uint64_t flip)
 {
-    const __m512i v = _mm512_load_si512(line);
-    const __m512i masked = _mm512_and_si512(v, _mm512_set1_epi64(static_cast<long long>(p.mask)));
-    const __mmask8 matching = _mm512_mask_cmpeq_epi64_mask(static_cast<__mmask8>(set), masked,
-                                                           _mm512_set1_epi64(static_cast<long long>(p.value)));
-    _mm512_mask_store_epi64(line, matching, _mm512_xor_si512(v, _mm512_set1_epi64(static_cast<long long>(flip))));
-    return set & ~static_cast<unsigned>(matching);
+    const __m512i mask = _mm512_set1_epi64(static_cast<long long>(p.mask));
+    const __m512i value = _mm512_set1_epi64(static_cast<long long>(p.value));
+    const __m512i flips = _mm512_set1_epi64(static_cast<long long>(flip));
+    unsigned left = 0;
+    for (LineEntries &l : lines) {
+        const __m512i v = _mm512_load_si512(l.entries);
+        const __mmask8 matching =
+            _mm512_mask_cmpeq_epi64_mask(static_cast<__mmask8>(l.mask), _mm512_and_si512(v, mask), value);
+        _mm512_mask_store_epi64(l.entries, matching, _mm512_xor_si512(v, flips));
+        l.mask &= ~static_cast<unsigned>(matching);
+        left |= l.mask;
+    }
+    return left != 0;
 }
 
 #endif
 
-inline void match(std::uint64_t *entries, std::uint64_t lines, Pattern p, EntrySet &found)
+inline std::size_t find(const OpenTable &table, std::uint64_t lines, Pattern p, unsigned which, LineEntries *out)
 {
+    std::size_t n = 0;
     for (; lines != 0; lines &= lines - 1) {
         const auto i = static_cast<unsigned>(std::countr_zero(lines));
         unsigned mask = 0;
         for (unsigned e = 0; e < line_entries; ++e) {
             const std::uint64_t seen =
-                std::atomic_ref(entries[i * line_entries + e]).load(std::memory_order_seq_cst); // S4
+                std::atomic_ref(table.entries[i * line_entries + e]).load(std::memory_order_seq_cst); // S4
             mask |= static_cast<unsigned>(p.matches(seen)) << e;
         }
-        found.set_line(i, mask);
+        out[n] = table.line(i, mask, which);
+        n += mask != 0 ? 1 : 0;
     }
+    return n;
 }
 
 } // namespace scan
 
-// Which entries of the table's lines `lines` match. Behind what took the lines from the summary (S4).
-inline EntrySet match(std::uint64_t *entries, std::uint64_t lines, Pattern p)
+// Lists those of the table's lines `lines` in which entries match; room for table_lines. How many. Behind what took the lines from the
+// summary (S4).
+inline std::size_t find_lines(const OpenTable &table, std::uint64_t lines, Pattern p, unsigned which, LineEntries *out)
 {
-    EntrySet found;
 #if DIRTYRING_VECTORS
     std::atomic_signal_fence(std::memory_order_seq_cst);
     if (scan::has_avx512)
-        scan::match_avx512(entries, lines, p, found);
-    else if (scan::has_avx2)
-        scan::match_avx2(entries, lines, p, found);
-    else
+        return scan::find_avx512(table, lines, p, which, out);
+    if (scan::has_avx2)
+        return scan::find_avx2(table, lines, p, which, out);
 #endif
-        scan::match(entries, lines, p, found);
-    return found;
+    return scan::find(table, lines, p, which, out);
 }
 
 // Clears D of one leaf. Where A is set, too, no device has anything to set, so nobody else stores there: a store will do. Release: who finds D
@@ -207,19 +165,18 @@ template <Format F> void make_clean(std::uint64_t &live)
         F::make_clean(live);
 }
 
-// Clears D of leaves that have it.
-template <Format F> void make_clean(std::uint64_t *entries, const EntrySet &dirty)
+// Clears D of entries that have it, and empties the masks.
+template <Format F> void make_clean(std::span<LineEntries> lines)
 {
-    for (std::uint64_t lines = dirty.lines(); lines != 0; lines &= lines - 1) {
-        const auto i = static_cast<unsigned>(std::countr_zero(lines));
-        std::uint64_t *line = entries + i * line_entries;
-        unsigned left = dirty.line(i);
 #if DIRTYRING_VECTORS
-        if (scan::has_avx512)
-            left = scan::flip_line_avx512(line, left, F::leaf_settled, F::dirty_flip);
+    if (scan::has_avx512 && !scan::flip_avx512(lines, F::leaf_settled, F::dirty_flip)) {
+        std::atomic_signal_fence(std::memory_order_seq_cst); // before the advance
+        return;
+    }
 #endif
-        for (; left != 0; left &= left - 1)
-            make_clean<F>(line[std::countr_zero(left)]);
+    for (LineEntries &l : lines) {
+        for (; l.mask != 0; l.mask &= l.mask - 1)
+            make_clean<F>(l.entries[std::countr_zero(l.mask)]);
     }
 #if DIRTYRING_VECTORS
     std::atomic_signal_fence(std::memory_order_seq_cst); // before the advance

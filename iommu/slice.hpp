@@ -19,8 +19,10 @@
 #include <atomic>
 #include <cassert>
 #include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -30,18 +32,6 @@ namespace dirtyring::iommu {
 struct Lines {
     std::uint32_t table; // its number
     std::uint64_t mask;
-};
-
-// A table whose leaves are looked at.
-struct OpenTable {
-    std::uint64_t *entries;
-    std::uint64_t iova; // of entries[0]
-    unsigned level;
-
-    [[nodiscard]] std::uint64_t iova_of(unsigned entry) const
-    {
-        return iova + (std::uint64_t{entry} << entry_lg2(level));
-    }
 };
 
 // One leaf, found by the owner's record.
@@ -341,13 +331,15 @@ template <Format F> class Slice
         return {tables_.entries(table), tables_.base(table), tables_.level_of(table)};
     }
 
-    // Which leaves of these lines are dirty, by their entries. After the lines' summary bits were taken (S4).
-    [[nodiscard]] EntrySet dirty(const OpenTable &table, std::uint64_t lines) const
+    // Lists those of the lines in which leaves are dirty, by their entries; room for table_lines. How many. After the lines' summary bits
+    // were taken (S4).
+    [[nodiscard]] std::size_t find_dirty(const OpenTable &table, std::uint64_t lines, unsigned which,
+                                         LineEntries *out) const
     {
-        EntrySet found = match(table.entries, lines, F::leaf_dirty);
+        const std::size_t n = find_lines(table, lines, F::leaf_dirty, which, out);
         if (table.level > 0)
-            found.keep_lines([&](unsigned line) { return leaves(table, line); });
-        return found;
+            std::for_each(out, out + n, [&](LineEntries &l) { l.mask &= leaves(table, l.line); });
+        return n;
     }
 
     // Each leaf of such a table is one entry.
@@ -379,7 +371,7 @@ template <Format F> class Slice
     }
 
     // Clears D of the entries, which were seen dirty.
-    static void clean(const OpenTable &table, const EntrySet &dirty) { make_clean<F>(table.entries, dirty); }
+    static void clean(std::span<LineEntries> dirty) { make_clean<F>(dirty); }
 
     // Clears D wherever in the leaf's replicas it is.
     static void clean(const Leaf &leaf)

@@ -46,8 +46,23 @@ template <class Entry> class Producer
     // True once a tail outside [last seen, head] was met; it was ignored.
     [[nodiscard]] bool peer_broke_rules() const { return broken_; }
 
-    // Writes the slot `ahead` entries past `staged`; ahead < room().
-    void put(std::uint64_t ahead, const Entry &entry) { entries_[(staged_ + ahead) & (capacity_ - 1)] = entry; }
+    // Where entries go, until the next stage(): slot `ahead` is that many entries past `staged`; ahead < room(). By itself, since
+    // entries may be what the compiler takes for the producer's members.
+    class Slots
+    {
+      public:
+        Slots(Entry *entries, std::uint64_t first, std::uint64_t mask) : entries_(entries), first_(first), mask_(mask)
+        {
+        }
+        void put(std::uint64_t ahead, const Entry &entry) const { entries_[(first_ + ahead) & mask_] = entry; }
+
+      private:
+        Entry *entries_;
+        std::uint64_t first_;
+        std::uint64_t mask_;
+    };
+    [[nodiscard]] Slots slots() const { return {entries_, staged_, capacity_ - 1}; }
+    void put(std::uint64_t ahead, const Entry &entry) { slots().put(ahead, entry); }
 
     // Makes the first n slots past `staged` part of what a restart publishes.
     void stage(std::uint64_t n)

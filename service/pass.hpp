@@ -10,7 +10,7 @@
 #include <array>
 #include <bit>
 #include <cstdint>
-#include <optional>
+#include <span>
 
 namespace dirtyring::service {
 
@@ -30,55 +30,66 @@ template <iommu::Format F> class Pass
     // Drops what was taken.
     void abandon() { *this = {}; }
 
-    // The lines of the next table that may hold dirty leaves; each, and each table, is one unit of the budget. Nothing: the pass is complete,
-    // or the budget is used up.
-    [[nodiscard]] std::optional<iommu::Lines> next(const iommu::Slice<F> &slice, unsigned &budget)
+    // The next tables with lines that may hold dirty leaves; each line, and each table, is one unit of the budget. What the caller leaves
+    // in the masks comes again. Nothing: the pass is complete, or the budget is used up.
+    [[nodiscard]] std::span<iommu::Lines> next(const iommu::Slice<F> &slice, unsigned &budget)
     {
         while (budget > 0) {
-            if (first_ == end_ && !take_ahead(slice)) {
+            std::uint64_t any = 0;
+            for (iommu::Lines &lines : ahead()) {
+                if (lines.mask == 0)
+                    continue;
+                // Now: a map change may have taken the table away since.
+                lines.mask &= slice.existing_lines(lines.table);
+                budget -= std::min(budget, static_cast<unsigned>(std::popcount(lines.mask)));
+                any |= lines.mask;
+            }
+            if (any != 0)
+                return ahead();
+            if (!take_ahead(slice)) {
                 running_ = false;
                 full_ = false;
-                return std::nullopt;
+                return {};
             }
-            iommu::Lines lines = ahead_[first_++];
-            lines.mask &= slice.existing_lines(lines.table); // now: a map change may have taken the table away since
-            budget -= std::min(budget, 1 + static_cast<unsigned>(std::popcount(lines.mask)));
-            if (lines.mask != 0)
-                return lines;
+            budget -= std::min(budget, ahead_used_);
         }
-        return std::nullopt;
+        return {};
     }
-
-    // Of what next() gave last, these could not be finished: visit them again.
-    void put_back(const iommu::Lines &lines) { ahead_[--first_] = lines; }
 
     // Lines taken and not finished, those of tables not opened yet counted as one each.
     [[nodiscard]] std::uint64_t unfinished() const
     {
         auto n = static_cast<std::uint64_t>(std::popcount(tables_));
-        for (unsigned i = first_; i < end_; ++i)
-            n += static_cast<std::uint64_t>(std::popcount(ahead_[i].mask));
+        for (const iommu::Lines &lines : std::span(ahead_).first(ahead_used_))
+            n += static_cast<std::uint64_t>(std::popcount(lines.mask));
         return n;
     }
 
+    // Of tables that come together.
+    static constexpr unsigned lines_at_once_max = 16 * iommu::table_lines;
+
   private:
-    static constexpr unsigned tables_ahead = 16;
+    static constexpr unsigned tables_ahead = lines_at_once_max / iommu::table_lines;
+    static constexpr unsigned whole_tables_ahead = 4; // have room in the first level of a cache
+
+    [[nodiscard]] std::span<iommu::Lines> ahead() { return std::span(ahead_).first(ahead_used_); }
 
     // Takes the lines of some tables. False: there are none left.
     bool take_ahead(const iommu::Slice<F> &slice)
     {
-        first_ = end_ = 0;
-        while (end_ < tables_ahead && (tables_ != 0 || take_word(slice))) {
+        ahead_used_ = 0;
+        while (ahead_used_ < (whole_tables_ ? whole_tables_ahead : tables_ahead) &&
+               (tables_ != 0 || take_word(slice))) {
             const auto bit = static_cast<unsigned>(std::countr_zero(tables_));
             tables_ &= tables_ - 1;
-            ahead_[end_] = {static_cast<std::uint32_t>(word_ * 64 + bit), whole_tables_ ? ~0ull : 0};
-            slice.prefetch_word(ahead_[end_++].table);
+            ahead_[ahead_used_] = {static_cast<std::uint32_t>(word_ * 64 + bit), whole_tables_ ? ~0ull : 0};
+            slice.prefetch_word(ahead_[ahead_used_++].table);
         }
-        for (unsigned i = 0; i < end_; ++i) {
-            ahead_[i].mask |= slice.take_lines(ahead_[i].table);
-            slice.prefetch(ahead_[i]);
+        for (iommu::Lines &lines : ahead()) {
+            lines.mask |= slice.take_lines(lines.table);
+            slice.prefetch(lines);
         }
-        return end_ > 0;
+        return ahead_used_ > 0;
     }
 
     // The next tables that may have dirty lines. False: that was all.
@@ -103,8 +114,7 @@ template <iommu::Format F> class Pass
     std::uint64_t word_ = 0;
     std::uint64_t tables_ = 0; // of word_
     std::array<iommu::Lines, tables_ahead> ahead_{};
-    unsigned first_ = 0; // of ahead_, not visited yet
-    unsigned end_ = 0;
+    unsigned ahead_used_ = 0;
 };
 
 } // namespace dirtyring::service

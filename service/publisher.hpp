@@ -3,14 +3,18 @@
 
 #include "iommu/extent_map.hpp"
 #include "iommu/fault.hpp"
+#include "iommu/line_scan.hpp"
 #include "ring/producer.hpp"
 #include "service/run_writer.hpp"
 #include "service/shard.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <utility>
 
 namespace dirtyring::service {
@@ -60,21 +64,49 @@ class Publisher
     {
         if (!find(iova))
             return Added::not_mapped;
-        if (!runs_->add(oa_space_ ? last_.oa + (iova - last_.start) : iova, length))
+        if (!runs_->add(reported(iova), length))
             return Added::no_room;
         counters_.pages += length >> DR_PAGE_LG2;
         return Added::yes;
     }
 
-    // Pages next to each other; fewer than asked for if a map ends or begins among them.
-    [[nodiscard]] Added add_pages(std::uint64_t iova, unsigned &pages)
+    struct AddedPages {
+        bool any;
+        std::size_t lines; // up to the first that there was no room for
+        unsigned left;     // of that line: for these entries
+    };
+
+    // The pages of these entries, one after the other, as far as there is room; takes out of the masks what is not mapped.
+    AddedPages add_pages(std::span<iommu::LineEntries> lines)
     {
-        if (!find(iova)) {
-            pages = 1;
-            return Added::not_mapped;
+        RunWriter runs = *runs_; // whose members no store to the ring can change
+        std::uint64_t pages = 0;
+        AddedPages added{false, 0, 0};
+        for (; added.lines < lines.size() && added.left == 0; ++added.lines) {
+            iommu::LineEntries &line = lines[added.lines];
+            for (unsigned rest = line.mask; rest != 0;) {
+                const auto first = static_cast<unsigned>(std::countr_zero(rest));
+                const std::uint64_t iova = line.iova + (std::uint64_t{first} << DR_PAGE_LG2);
+                if (!find(iova)) {
+                    rest &= rest - 1;
+                    line.mask &= ~(1u << first);
+                    continue;
+                }
+                const auto n = std::min<std::uint64_t>(static_cast<unsigned>(std::countr_one(rest >> first)),
+                                                       (last_.end - iova) >> DR_PAGE_LG2);
+                if (!runs.add(reported(iova), n << DR_PAGE_LG2)) {
+                    added.left = rest;
+                    break;
+                }
+                pages += n;
+                rest &= ~(((1u << n) - 1) << first);
+            }
         }
-        pages = static_cast<unsigned>(std::min<std::uint64_t>(pages, (last_.end - iova) >> DR_PAGE_LG2));
-        return add(iova, std::uint64_t{pages} << DR_PAGE_LG2);
+        added.lines -= added.left != 0 ? 1 : 0;
+        added.any = pages != 0;
+        *runs_ = runs;
+        counters_.pages += pages;
+        return added;
     }
 
     void stage() { counters_.runs += runs_->stage(); }
@@ -108,6 +140,12 @@ class Publisher
     }
 
   private:
+    // The address of a page in last_.
+    [[nodiscard]] std::uint64_t reported(std::uint64_t iova) const
+    {
+        return oa_space_ ? last_.oa + (iova - last_.start) : iova;
+    }
+
     // Makes last_ the extent in which iova lies. False: there is none.
     [[nodiscard]] bool find(std::uint64_t iova)
     {

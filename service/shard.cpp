@@ -23,7 +23,6 @@ namespace dirtyring::service {
 namespace {
 
 using iommu::Extent;
-using iommu::Lines;
 
 // A visit ends after this many lines and tables, or leaves: some 50 µs.
 constexpr unsigned visit_lines = 2048;
@@ -50,7 +49,7 @@ template <iommu::Format F> class ShardOf final : public Shard
           sizes_(slice_, invalidation_, config.leaves, *config.control), control_(config.control),
           noted_(1ull << config.index), always_on_(config.producer != nullptr && (F::always_on || config.always_on)),
           min_interval_ns_(config.min_interval_ns), stall_ns_(config.stall_ns), stalled_(std::move(config.stalled)),
-          batch_(slice_, invalidation_, sizes_), ops_(*config.control)
+          batch_(slice_, invalidation_, sizes_, visit_lines + Pass<F>::lines_at_once_max), ops_(*config.control)
     {
         if (config.producer != nullptr)
             ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
@@ -402,13 +401,10 @@ template <iommu::Format F> class ShardOf final : public Shard
         bool full = false;
         unsigned budget = visit_lines;
         while (!full) {
-            const std::optional<Lines> lines = pass_.next(slice_, budget);
-            if (!lines)
+            const std::span<iommu::Lines> tables = pass_.next(slice_, budget);
+            if (tables.empty())
                 break;
-            if (const std::uint64_t left = batch_.collect(*lines, *ring_); left != 0) {
-                pass_.put_back({lines->table, left});
-                full = true;
-            }
+            full = !batch_.collect(tables, *ring_);
         }
         ring_->note_full(full, pass_.unfinished(), now_);
         if (batch_.empty())
@@ -639,10 +635,8 @@ template <iommu::Format F> class ShardOf final : public Shard
             pass_.begin(true);
         }
         unsigned budget = visit_lines;
-        while (const std::optional<Lines> lines = pass_.next(slice_, budget)) {
-            const iommu::OpenTable table = slice_.open(lines->table);
-            slice_.clean(table, slice_.dirty(table, lines->mask));
-        }
+        for (auto tables = pass_.next(slice_, budget); !tables.empty(); tables = pass_.next(slice_, budget))
+            batch_.clean(tables);
         if (pass_.running())
             return;
         cleaning_ = false;

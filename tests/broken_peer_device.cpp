@@ -209,8 +209,8 @@ class Device : public check::Peer
         if (!there)
             return false;
         if (fault_ == "pin_gives_back_early") {
-            for (int i = 0; i < 50; ++i) { // while data still lands
-                spin(window / 10);
+            for (int i = 0; i < 50; ++i) { // while data still lands, for much longer than anybody looks
+                spin(2 * window);
                 std::memset(leaf.host + i, static_cast<int>(++value_), 1);
             }
             spin(window);

@@ -323,15 +323,12 @@ TYPED_TEST(Conformance, PatternsAreThoseOfAAndD)
 TYPED_TEST(Conformance, ScansFindAndCleanWhatIsDirty)
 {
     using F = TypeParam;
-    using Scan = void (*)(std::uint64_t *, std::uint64_t, Pattern, EntrySet &);
-    std::vector<std::pair<const char *, Scan>> scans{{"scalar", scan::match}};
+    std::vector<std::pair<const char *, decltype(&scan::find)>> scans{{"scalar", scan::find}};
 #if DIRTYRING_VECTORS
     if (scan::has_avx2)
-        scans.emplace_back("avx2",
-                           [](auto *e, auto lines, Pattern p, EntrySet &f) { scan::match_avx2(e, lines, p, f); });
+        scans.emplace_back("avx2", scan::find_avx2);
     if (scan::has_avx512)
-        scans.emplace_back("avx512",
-                           [](auto *e, auto lines, Pattern p, EntrySet &f) { scan::match_avx512(e, lines, p, f); });
+        scans.emplace_back("avx512", scan::find_avx512);
 #endif
     alignas(64) std::array<std::uint64_t, table_entries> table;
     for (const unsigned one_in : {1u, 2u, 10u, 100u}) {
@@ -350,20 +347,28 @@ TYPED_TEST(Conformance, ScansFindAndCleanWhatIsDirty)
             }
             const std::uint64_t lines = round == 0 ? ~0ull : this->random_();
             const auto wanted = [&](unsigned i) { return dirty[i] && (lines >> (i / line_entries) & 1) != 0; };
-            for (const auto &[name, scan] : scans) {
-                EntrySet found;
-                scan(table.data(), lines, F::leaf_dirty, found);
-                std::uint64_t nonempty = 0;
-                for (unsigned i = 0; i < table_entries; ++i) {
-                    ASSERT_EQ((found.word(i / 64) >> (i % 64) & 1) != 0, wanted(i)) << name << ' ' << i;
-                    ASSERT_EQ((found.line(i / line_entries) >> (i % line_entries) & 1) != 0, wanted(i));
-                    nonempty |= wanted(i) ? bit(i / line_entries) : 0;
+            const OpenTable open{table.data(), 0x4000'0000, 0};
+            std::array<LineEntries, table_lines> found;
+            for (const auto &[name, find] : scans) {
+                const std::size_t n = find(open, lines, F::leaf_dirty, 7, found.data());
+                std::size_t next = 0;
+                for (unsigned line = 0; line < table_lines; ++line) {
+                    unsigned mask = 0;
+                    for (unsigned i = 0; i < line_entries; ++i)
+                        mask |= wanted(line * line_entries + i) ? 1u << i : 0;
+                    if (mask == 0)
+                        continue;
+                    ASSERT_LT(next, n) << name << ' ' << line;
+                    EXPECT_EQ(found[next].line, line) << name;
+                    EXPECT_EQ(found[next].mask, mask) << name;
+                    EXPECT_EQ(found[next].entries, table.data() + line * line_entries) << name;
+                    EXPECT_EQ(found[next].iova, 0x4000'0000 + line * line_entries * 4096) << name;
+                    EXPECT_EQ(found[next++].table, 7) << name;
                 }
-                EXPECT_EQ(found.lines(), nonempty);
-                EXPECT_EQ(found.any(), nonempty != 0);
+                EXPECT_EQ(next, n) << name;
             }
             const auto before = table;
-            make_clean<F>(table.data(), match(table.data(), lines, F::leaf_dirty));
+            make_clean<F>(std::span(found).first(find_lines(open, lines, F::leaf_dirty, 0, found.data())));
             for (unsigned i = 0; i < table_entries; ++i)
                 ASSERT_EQ(table[i], wanted(i) ? before[i] ^ F::dirty_flip : before[i]) << i;
         }
