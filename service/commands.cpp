@@ -55,7 +55,7 @@ bool Commands::poll()
     const std::uint64_t room = completions_.room();
     if (room > promised)
         take(submissions_.peek(room - promised));
-    if (!std::exchange(look_again_, false))
+    if (!look_again_.take())
         return false;
     std::size_t waiting = 0;
     const std::size_t taken = taken_.size();
@@ -82,7 +82,7 @@ void Commands::take(std::span<const dr_command> fresh)
         taken_.push_back(&journal_.take(request, index++));
         point(Point::command_recorded);
     }
-    look_again_ = true;
+    look_again_.set();
     const bool wanted = submissions_.release(fresh.size()); // J2
     point(Point::command_taken);
     if (wanted)
@@ -514,7 +514,7 @@ void Commands::finish(Command &command)
         done = command.reached - request.iova;
     command.in_flight = false;
     --in_flight_;
-    look_again_ = true;
+    look_again_.set();
     free_.push_back(&command);
     complete(record, command.result, done, record.epoch);
 }

@@ -82,7 +82,7 @@ class Commands
     [[nodiscard]] bool prepare_sleep();
     void wake();
     // A part has come back, or commands were left by a worker before: what waits may be able to go on.
-    [[nodiscard]] bool stirred() const { return look_again_; }
+    [[nodiscard]] Stir &stirred() { return look_again_; }
 
     // Gives up what is in flight: no more parts are sent, those that are out come back.
     void cancel();
@@ -177,7 +177,7 @@ class Commands
     std::function<void()> call_;
     bool restarting_;
     std::deque<CommandRecord *> taken_; // not started
-    bool look_again_ = false;           // something has come or ended since they were tried
+    Stir look_again_;                   // something has come or ended since they were tried
     std::vector<std::unique_ptr<Command>> slots_;
     std::vector<Command *> free_;
     std::size_t in_flight_ = 0;

@@ -33,7 +33,7 @@ void Commands::restore_extents(std::uint32_t ioas, std::span<const iommu::SliceR
 void Commands::restored()
 {
     restarting_ = false;
-    look_again_ = true;
+    look_again_.set();
     // Before any record is free again: a record is what keeps its submission from being taken twice.
     static_cast<void>(submissions_.release(0));
     submissions_.disarm();

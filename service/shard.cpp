@@ -62,7 +62,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     bool step(std::uint64_t now_ns) override
     {
         now_ = now_ns;
-        stirred_ = false;
+        static_cast<void>(stirred_.take());
         if (invalidation_.running())
             return settle();
         if (cancelled_)
@@ -77,7 +77,7 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     void submit(ShardOp &op) override
     {
-        stirred_ = true;
+        stirred_.set();
         op.reached = op.start;
         if (cancelled_)
             complete(op, -ECANCELED);
@@ -93,7 +93,7 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     void cancel() override
     {
-        stirred_ = true;
+        stirred_.set();
         cancelled_ = true;
         after_ = {};
         forget_owed();
@@ -163,14 +163,14 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     void add(const iommu::DmaThreads &threads) override
     {
-        stirred_ = true;
+        stirred_.set();
         invalidation_.add_cells(threads.cells);
         ops_.add(threads);
     }
 
     void remove(const iommu::DmaThreads &threads) override
     {
-        stirred_ = true;
+        stirred_.set();
         invalidation_.remove_cells(threads.cells);
         const std::size_t index = ops_.remove(threads);
         for (Sync &s : syncs_)

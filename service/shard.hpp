@@ -15,6 +15,7 @@
 #include "iommu/slice_record.hpp"
 #include "ring/control.h"
 #include "ring/layout.h"
+#include "service/stir.hpp"
 
 #include <cstdint>
 #include <deque>
@@ -113,7 +114,7 @@ class Shard
     virtual Rest prepare_sleep(std::uint64_t now_ns) = 0;
     virtual void wake() = 0;
     // Since its last step its owner has given it something to do, or taken it away: it does not sleep on.
-    [[nodiscard]] bool stirred() const { return stirred_; }
+    [[nodiscard]] Stir &stirred() { return stirred_; }
 
     // From here on the threads of a device, and their pins, are waited for. A restored shard knows its devices before its first step.
     virtual void add(const iommu::DmaThreads &threads) = 0;
@@ -126,7 +127,7 @@ class Shard
     [[nodiscard]] virtual ShardCounters counters() const = 0;
 
   protected:
-    bool stirred_ = false; // beside the vtable's address: walkers look at it often
+    Stir stirred_;
 };
 
 // format: enum dr_format, known here.

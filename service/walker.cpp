@@ -17,11 +17,6 @@ constexpr std::uint64_t spin_ns = 50'000;
 // Who rings pays a system call: a device that writes more often than this pays none.
 constexpr std::uint64_t nap_after_ns = 1'000'000;
 
-template <class List, class T> auto find_owned(List &list, const T &item)
-{
-    return std::find_if(list.begin(), list.end(), [&](const auto &o) { return o.item == &item; });
-}
-
 bool work(Shard &shard, std::uint64_t now_ns)
 {
     return shard.step(now_ns);
@@ -64,7 +59,7 @@ void Walker::run()
         else if (now - last_work < spin_ns)
             rte_pause();
         else
-            rest(now);
+            sleep(now);
     }
     inbox_.drain();
 }
@@ -82,88 +77,112 @@ void Walker::stop()
 bool Walker::do_work(std::uint64_t now_ns)
 {
     bool worked = inbox_.drain();
-    for (Owned<Commands> &c : commands_)
-        worked |= visit(c, now_ns);
-    for (Owned<Shard> &s : shards_)
-        worked |= visit(s, now_ns);
+    worked |= visit(commands_, now_ns);
+    worked |= visit(shards_, now_ns);
     uring_.submit();
     reap();
     return worked;
 }
 
-template <class T> bool Walker::visit(Owned<T> &owned, std::uint64_t now_ns)
+template <class T> bool Walker::visit(Flock<T> &flock, std::uint64_t now_ns)
 {
-    if (owned.naps) {
-        if (now_ns < owned.until_ns && !owned.item->stirred())
-            return false;
-        wake(owned);
+    if (flock.stirred || now_ns >= flock.until_ns)
+        wake(flock, [&](const Owned<T> &o) { return o.item->stirred().is_set() || now_ns >= o.until_ns; });
+    bool worked = false;
+    for (std::size_t i = 0; i < flock.awake.size();) {
+        Owned<T> &owned = flock.awake[i];
+        if (work(*owned.item, now_ns)) {
+            owned.worked_ns = now_ns;
+            worked = true;
+        } else if (now_ns >= owned.worked_ns + nap_after_ns && nap(flock, i, now_ns)) {
+            continue; // another one is in its place
+        }
+        ++i;
     }
-    if (work(*owned.item, now_ns)) {
-        owned.worked_ns = now_ns;
-        return true;
-    }
-    if (now_ns >= owned.worked_ns + nap_after_ns)
-        nap(owned, now_ns);
-    return false;
+    return worked;
 }
 
-template <class T> void Walker::nap(Owned<T> &owned, std::uint64_t now_ns)
+// False: it has something to do.
+template <class T> bool Walker::nap(Flock<T> &flock, std::size_t which, std::uint64_t now_ns)
 {
+    Owned<T> &owned = flock.awake[which];
     const Rest rest = prepare_sleep(*owned.item, now_ns);
-    if (rest.busy)
-        return owned.item->wake();
-    owned.naps = true;
+    if (rest.busy || owned.item->stirred().is_set()) {
+        owned.item->wake();
+        return false;
+    }
+    owned.item->stirred().report_to(&flock.stirred);
     owned.until_ns = rest.until_ns;
+    flock.until_ns = std::min(flock.until_ns, rest.until_ns);
+    flock.napping.push_back(owned);
+    owned = flock.awake.back();
+    flock.awake.pop_back();
+    return true;
 }
 
-template <class T> void Walker::wake(Owned<T> &owned)
+template <class T, class Which> void Walker::wake(Flock<T> &flock, Which which)
 {
-    owned.naps = false;
-    owned.item->wake();
+    flock.stirred = false;
+    flock.until_ns = UINT64_MAX;
+    std::erase_if(flock.napping, [&](const Owned<T> &o) {
+        if (!which(o)) {
+            flock.stirred |= o.item->stirred().is_set();
+            flock.until_ns = std::min(flock.until_ns, o.until_ns);
+            return false;
+        }
+        o.item->stirred().report_to(nullptr);
+        o.item->wake();
+        flock.awake.push_back(o);
+        return true;
+    });
 }
 
-template <class T> void Walker::wake_whose(std::vector<Owned<T>> &list, std::uint64_t bell)
+template <class T> void Walker::ring(Flock<T> &flock, std::uint64_t bell)
 {
-    for (Owned<T> &o : list) {
-        if (o.bell == bell && o.naps && !fault(Fault::nap_ignores_bell))
-            wake(o);
-    }
+    if (!fault(Fault::nap_ignores_bell))
+        wake(flock, [&](const Owned<T> &o) { return o.bell == bell; });
 }
 
-template <class T> Rest Walker::nap_all(std::vector<Owned<T>> &list, std::uint64_t now_ns)
+template <class T> Rest Walker::rest(Flock<T> &flock, std::uint64_t now_ns)
 {
-    Rest rest;
-    for (Owned<T> &o : list) {
-        if (!o.naps)
-            nap(o, now_ns);
-        rest.busy |= !o.naps || o.item->stirred();
-        rest.until_ns = std::min(rest.until_ns, o.until_ns);
-    }
-    return rest;
+    for (std::size_t i = 0; i < flock.awake.size();)
+        i += nap(flock, i, now_ns) ? 0 : 1;
+    return {.busy = !flock.awake.empty() || flock.stirred, .until_ns = flock.until_ns};
+}
+
+template <class T> void Walker::adopt(Flock<T> &flock, T &item, int doorbell)
+{
+    flock.awake.push_back({.item = &item, .bell = watch(doorbell), .worked_ns = monotonic_ns()});
+}
+
+template <class T> void Walker::drop(Flock<T> &flock, const T &item)
+{
+    wake(flock, [&](const Owned<T> &o) { return o.item == &item; });
+    std::erase_if(flock.awake, [&](const Owned<T> &o) {
+        if (o.item == &item)
+            unwatch(o.bell);
+        return o.item == &item;
+    });
 }
 
 void Walker::adopt(Shard &shard, int doorbell)
 {
-    shards_.push_back({.item = &shard, .bell = watch(doorbell), .worked_ns = monotonic_ns()});
+    adopt(shards_, shard, doorbell);
 }
 
 void Walker::drop(Shard &shard)
 {
-    const auto it = find_owned(shards_, shard);
-    unwatch(it->bell);
-    shards_.erase(it);
+    drop(shards_, shard);
 }
 
 void Walker::adopt(Commands &commands, int doorbell)
 {
-    commands_.push_back({.item = &commands, .bell = watch(doorbell), .worked_ns = monotonic_ns()});
+    adopt(commands_, commands, doorbell);
 }
 
 void Walker::drop(Commands &commands)
 {
-    const auto it = find_owned(commands_, commands);
-    unwatch(it->bell);
-    commands_.erase(it);
+    drop(commands_, commands);
 }
 
 std::uint64_t Walker::watch(int fd)
@@ -187,20 +206,20 @@ void Walker::reap()
         const auto it = bells_.find(bell);
         if (it == bells_.end()) // a call to a peer, or a poll that was cancelled
             return;
-        wake_whose(shards_, bell);
-        wake_whose(commands_, bell);
+        ring(shards_, bell);
+        ring(commands_, bell);
         // A poll that ended by itself (the completion queue overflowed) is made again.
         if ((flags & IORING_CQE_F_MORE) == 0 && result >= 0)
             uring_.poll(it->second, bell);
     });
 }
 
-void Walker::rest(std::uint64_t now_ns)
+void Walker::sleep(std::uint64_t now_ns)
 {
-    const Rest shards = nap_all(shards_, now_ns);
-    const Rest commands = nap_all(commands_, now_ns);
+    const Rest shards = rest(shards_, now_ns);
+    const Rest commands = rest(commands_, now_ns);
     if (inbox_.prepare_sleep() && !shards.busy && !commands.busy) {
-        uring_.submit_and_wait(now_ns, shards.until_ns);
+        uring_.submit_and_wait(now_ns, std::min(shards.until_ns, commands.until_ns));
         reap();
     }
     inbox_.wake();

@@ -4,7 +4,7 @@
 // spin with pauses, then sleep until a peer rings, a task comes, or a shard's time is up.
 //
 // What has nothing to do while others keep the walker awake naps: it asks its peers to ring, as before a sleep, and is not looked at
-// until one does. So a guest that does nothing costs its neighbours a look at two words.
+// until one does. So guests that do nothing cost their neighbours a look at a word or two, however many they are.
 #pragma once
 
 #include "service/inbox.hpp"
@@ -12,6 +12,7 @@
 #include "service/uring.hpp"
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <vector>
@@ -53,27 +54,35 @@ class Walker
     template <class T> struct Owned {
         T *item;
         std::uint64_t bell;
-        std::uint64_t worked_ns; // when it had work
-        bool naps = false;
+        std::uint64_t worked_ns;    // when it had work
         std::uint64_t until_ns = 0; // it naps
     };
+    template <class T> struct Flock {
+        std::vector<Owned<T>> awake;
+        std::vector<Owned<T>> napping;
+        // Of those that nap:
+        bool stirred = false;                // one was given something
+        std::uint64_t until_ns = UINT64_MAX; // one wants to be looked at
+    };
 
-    template <class T> static bool visit(Owned<T> &owned, std::uint64_t now_ns);
-    template <class T> static void nap(Owned<T> &owned, std::uint64_t now_ns);
-    template <class T> static void wake(Owned<T> &owned);
-    template <class T> static void wake_whose(std::vector<Owned<T>> &list, std::uint64_t bell);
-    template <class T> static Rest nap_all(std::vector<Owned<T>> &list, std::uint64_t now_ns);
+    template <class T> void adopt(Flock<T> &flock, T &item, int doorbell);
+    template <class T> void drop(Flock<T> &flock, const T &item);
+    template <class T> static bool visit(Flock<T> &flock, std::uint64_t now_ns);
+    template <class T> static bool nap(Flock<T> &flock, std::size_t which, std::uint64_t now_ns);
+    template <class T, class Which> static void wake(Flock<T> &flock, Which which);
+    template <class T> static void ring(Flock<T> &flock, std::uint64_t bell);
+    template <class T> static Rest rest(Flock<T> &flock, std::uint64_t now_ns);
     std::uint64_t watch(int fd);
     void unwatch(std::uint64_t bell);
     void reap();
-    void rest(std::uint64_t now_ns);
+    void sleep(std::uint64_t now_ns);
 
     Inbox inbox_;
     Uring uring_{256};
     std::map<std::uint64_t, int> bells_; // by user_data; an id is never used again
     std::uint64_t next_bell_ = 1;
-    std::vector<Owned<Shard>> shards_;
-    std::vector<Owned<Commands>> commands_;
+    Flock<Shard> shards_;
+    Flock<Commands> commands_;
     std::atomic<bool> stopping_{false};
 };
 

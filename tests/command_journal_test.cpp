@@ -143,7 +143,7 @@ class PlayedShard final : public Shard
                 complain("a change of tracking is not alone");
         }
         jobs_.push_back({&op});
-        stirred_ = true;
+        stirred_.set();
     }
 
     bool step(std::uint64_t) override

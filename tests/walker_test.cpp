@@ -27,7 +27,7 @@ struct ToldShard final : service::Shard {
     bool step(std::uint64_t) override
     {
         ++steps;
-        stirred_ = false;
+        static_cast<void>(stirred_.take());
         return works;
     }
     Rest prepare_sleep(std::uint64_t) override
@@ -36,7 +36,7 @@ struct ToldShard final : service::Shard {
         return rest;
     }
     void wake() override { ++wakes; }
-    void submit(ShardOp &) override { stirred_ = true; }
+    void submit(ShardOp &) override { stirred_.set(); }
     void cancel() override {}
     void add(const iommu::DmaThreads &) override {}
     void remove(const iommu::DmaThreads &) override {}
