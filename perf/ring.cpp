@@ -38,8 +38,9 @@ class DirtyRing
     {
         if (producer_.room() < n)
             throw Failure("the ring is full");
+        const auto slots = producer_.slots();
         for (std::uint64_t i = 0; i < n; ++i)
-            producer_.put(i, first + i);
+            slots.put(i, first + i);
         producer_.stage(n);
         (void)producer_.publish();
     }

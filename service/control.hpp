@@ -191,6 +191,7 @@ class Control
         Token guest;
         std::uint32_t hwpt;
         std::uint64_t offset; // in its tables
+        unsigned tries = 0;
         auto operator<=>(const LargePage &) const = default;
     };
     void make_large_page();
@@ -235,7 +236,7 @@ class Control
         __kernel_timespec time;
     };
     std::map<std::uint64_t, Timer> timers_; // of guests that linger
-    std::set<LargePage> to_make_large_;     // when there is nothing else to do
+    std::set<LargePage> to_make_large_;     // one a round
 };
 
 } // namespace dirtyring::service

@@ -39,8 +39,6 @@ void Inbox::wake()
 {
     // Relaxed: a post that still sees it set rings once too often.
     asleep_.store(false, std::memory_order_relaxed);
-    eventfd_t ignored = 0;
-    ::eventfd_read(event_.get(), &ignored);
 }
 
 } // namespace dirtyring::service

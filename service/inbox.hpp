@@ -28,7 +28,7 @@ class Inbox
     // Runs what is there; true if there was any.
     bool drain();
 
-    // True: nothing is there, and the next post will make fd() readable.
+    // True: nothing is there, and the next post will write to fd(). Nobody reads it: see Uring::poll().
     [[nodiscard]] bool prepare_sleep();
     void wake();
     [[nodiscard]] int fd() const { return event_.get(); }

@@ -4,21 +4,31 @@
 
 #include <spdlog/spdlog.h>
 
+#include <cerrno>
 #include <cstring>
 
 namespace dirtyring::service {
 
+namespace {
+
+constexpr unsigned tries_max = 5; // somebody may have hold of one of the small pages
+
+} // namespace
+
 // One each time: requests do not wait for a TiB of them.
 void Control::make_large_page()
 {
-    const LargePage page = to_make_large_.extract(to_make_large_.begin()).value();
+    LargePage page = to_make_large_.extract(to_make_large_.begin()).value();
     const auto guest = guests_.find(page.guest);
     if (guest == guests_.end())
         return;
     const auto hwpt = guest->second->hwpts.find(page.hwpt);
     if (hwpt == guest->second->hwpts.end())
         return;
-    if (const int error = hwpt->second->tables.make_large(page.offset); error != 0)
+    const int error = hwpt->second->tables.make_large(page.offset);
+    if (error == -EAGAIN && ++page.tries < tries_max)
+        to_make_large_.insert(page);
+    else if (error != 0)
         spdlog::debug("guest {}: tables of hwpt {} stay in small pages: {}", guest->second->number(), page.hwpt,
                       std::strerror(-error));
 }

@@ -55,15 +55,14 @@ void Uring::submit()
 
 void Uring::submit_and_wait(std::uint64_t now_ns, std::uint64_t until_ns)
 {
-    submit();
-    io_uring_cqe *cqe = nullptr;
     if (until_ns == UINT64_MAX) {
-        io_uring_wait_cqe(&ring_, &cqe);
+        io_uring_submit_and_wait(&ring_, 1);
         return;
     }
+    io_uring_cqe *cqe = nullptr;
     const std::uint64_t ns = until_ns > now_ns ? until_ns - now_ns : 0;
     __kernel_timespec wait{static_cast<long long>(ns / 1'000'000'000), static_cast<long long>(ns % 1'000'000'000)};
-    io_uring_wait_cqe_timeout(&ring_, &cqe, &wait);
+    io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &wait, nullptr);
 }
 
 } // namespace dirtyring::service

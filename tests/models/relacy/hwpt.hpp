@@ -106,7 +106,8 @@ class Hwpt
         config.producer = &memory.producer;
         config.consumer = &memory.consumer;
         config.min_interval_ns = options.min_interval_ns;
-        config.backing = {[](std::uint64_t, std::uint64_t) { return 0; }, [](std::uint64_t, std::uint64_t) {}};
+        config.backing = {[](std::uint64_t, std::uint64_t) { return 0; }, [](std::uint64_t, std::uint64_t) {},
+                          [](std::uint64_t) {}};
         config.record = {memory.record, geometry, [](std::uint64_t, std::uint64_t) { return 0; }};
         config.call = [this] { ++calls; };
         shard = service::make_shard(DR_FORMAT_AMDV1, std::move(config));
