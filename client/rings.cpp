@@ -175,7 +175,8 @@ int dirtyring_set_open(dirtyring_vm *vm, uint32_t hwpt, dirtyring_set **out)
         set->rings[shard].reset(ring);
         ++set->count;
         epoll_event event{};
-        event.events = EPOLLIN | EPOLLET; // to be told of it is to reset it
+        event.events = EPOLLIN;
+        event.data.u32 = shard;
         if (::epoll_ctl(set->epoll.get(), EPOLL_CTL_ADD, dirtyring_ring_fd(ring), &event) != 0)
             return fail(errno, "epoll_ctl: %s", std::strerror(errno));
     }
@@ -213,7 +214,9 @@ void dirtyring_set_release(dirtyring_set *set, const dirtyring_batch *batch)
 bool dirtyring_set_arm(dirtyring_set *set)
 {
     epoll_event called[DR_SHARDS_MAX];
-    ::epoll_wait(set->epoll.get(), called, DR_SHARDS_MAX, 0);
+    const int n = ::epoll_wait(set->epoll.get(), called, DR_SHARDS_MAX, 0);
+    for (int i = 0; i < n; ++i)
+        reset_event(set->rings[called[i].data.u32]->call);
     for (std::uint32_t shard = 0; shard < set->count; ++shard) {
         if (!set->rings[shard]->entries.arm())
             return false;

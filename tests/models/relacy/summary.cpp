@@ -129,7 +129,7 @@ Suite summary()
                 {"leaf_read_acquire",
                  "S4",
                  Fault::none,
-                 {{leaf0, load, acquire, seq_cst, "match"}, {leaf1, load, acquire, seq_cst, "match"}}},
+                 {{leaf0, load, acquire, seq_cst, "find"}, {leaf1, load, acquire, seq_cst, "find"}}},
                 {"clear_relaxed",
                  "S4",
                  Fault::none,
