@@ -6,12 +6,12 @@
 
 namespace dirtyring::iommu {
 
-// They take bytes [offset, offset + length) of the region.
+// Bytes [offset, offset + length) of the region.
 struct Backing {
     std::function<int(std::uint64_t offset, std::uint64_t length)> make_present; // 0 or -errno
     std::function<void(std::uint64_t offset, std::uint64_t length)> give_back;   // nobody uses it; zero when it is back
-    std::function<void(std::uint64_t offset)>
-        make_large; // all of large_page bytes is in use: at leisure, one page of them
+    // All large_page bytes are in use: they may become one page, at leisure. Does not wait.
+    std::function<void(std::uint64_t offset)> make_large;
 };
 
 } // namespace dirtyring::iommu

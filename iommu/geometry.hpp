@@ -117,6 +117,11 @@ constexpr dr_translation_header make_geometry(unsigned format, unsigned aperture
     return h;
 }
 
+// The lowest tables of each GiB are aligned in the file.
+static_assert(make_geometry(1, 48, 64).table_pages % large_page == 0);
+static_assert(first_table(make_geometry(1, 48, 64), 63) % large_page_tables == 0);
+static_assert(first_number(48, 0) % large_page_tables == 0 && first_number(30, 0) % large_page_tables == 0);
+
 static_assert(make_geometry(1, 39, 1).root_level == 2);
 static_assert(make_geometry(1, 40, 1).root_level == 3);
 static_assert(make_geometry(1, 48, 1).top_tables == 513);

@@ -20,7 +20,8 @@
  * be shared by several shards, so for a leaf in one (1 GiB) w = first_table of its shard + ((iova − slice start) >> 39): these
  * first indices of a shard's range have a word but no table page.
  *
- * All files are sparse, sealed against resizing, and mapped whole once; a table page exists before an entry points to it.
+ * All files are sparse, sealed against resizing, and mapped whole once; a table page exists before an entry points to it. The lowest
+ * tables of each GiB begin at a multiple of 2 MiB of the file, and may lie in one page of that size: map the file aligned.
  * Every byte not named is zero and ignored.
  *
  * The invariant that everything else serves:

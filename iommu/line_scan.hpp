@@ -26,7 +26,7 @@ struct LineEntries {
     std::uint64_t iova;     // of entries[0]
     std::uint32_t mask;     // bit i: entries[i]
     std::uint16_t line;     // of its table
-    std::uint16_t table;    // the caller's
+    std::uint16_t table;    // as the caller counts them
 };
 
 // A table whose leaves are looked at.

@@ -56,7 +56,7 @@ class Publisher
 
     // ---- runs ----
 
-    // A new visit: what was found before has been staged.
+    // A new visit: what was found before has been staged. Runs go behind what is staged now, so no marker comes between this and stage().
     void begin() { runs_.emplace(ring_, slots_for_runs()); }
 
     // A leaf. not_mapped: a device has scribbled there; nothing is mapped, so nothing is reported.
