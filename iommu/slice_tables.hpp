@@ -221,6 +221,16 @@ template <Format F> class SliceTables
         retired_.clear();
     }
 
+    // What make_large asked for at this offset is done: what was given back meanwhile may be there again.
+    void made_large(std::uint64_t offset)
+    {
+        const std::uint64_t first = ((offset - h_.table_pages) >> table_size_lg2) - first_table_;
+        for (std::uint64_t table = first; table < first + large_page_tables; table += granule_tables) {
+            if (!test(present_, table / granule_tables))
+                backing_.give_back(page_offset(table), granule_tables << table_size_lg2);
+        }
+    }
+
     // ---- dirt ----
 
     // D of all leaves in the table, and their summary, in the owner's name.

@@ -190,7 +190,8 @@ class Control
     struct LargePage {
         Token guest;
         std::uint32_t hwpt;
-        std::uint64_t offset; // in its tables
+        unsigned shard;       // whose tables
+        std::uint64_t offset; // in the hwpt's
         unsigned tries = 0;
         auto operator<=>(const LargePage &) const = default;
     };

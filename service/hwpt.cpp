@@ -245,7 +245,9 @@ Result<void> Hwpt::make_shard_home(const HwptPlan &plan, std::uint32_t index, Wa
         return tables.make_present(offset, length);
     };
     config.backing.give_back = [this](std::uint64_t offset, std::uint64_t length) { tables.give_back(offset, length); };
-    config.backing.make_large = plan.make_large;
+    config.backing.make_large = [make_large = plan.make_large, index](std::uint64_t offset) {
+        make_large(index, offset);
+    };
     config.call = [&owner, fd = home.call.get()] { owner.call(fd); };
     config.record = slice_record(index);
     config.restored = holdings.restored();

@@ -32,8 +32,8 @@ struct HwptPlan {
     std::uint32_t id;
     dr_hwpt_alloc request;
     std::uint64_t stall_ns;
-    std::function<void(unsigned shard, const dr_cell *)> stalled; // see ShardConfig
-    std::function<void(std::uint64_t offset)> make_large;         // see Backing
+    std::function<void(unsigned shard, const dr_cell *)> stalled;         // see ShardConfig
+    std::function<void(unsigned shard, std::uint64_t offset)> make_large; // see Backing
 };
 
 struct Hwpt {

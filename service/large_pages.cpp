@@ -26,9 +26,12 @@ void Control::make_large_page()
     if (hwpt == guest->second->hwpts.end())
         return;
     const int error = hwpt->second->tables.make_large(page.offset);
-    if (error == -EAGAIN && ++page.tries < tries_max)
+    const ShardHome &home = hwpt->second->shards[page.shard];
+    if (error == 0)
+        ask({{home.owner, [shard = home.shard.get(), offset = page.offset] { shard->made_large(offset); }}}, [] {});
+    else if (error == -EAGAIN && ++page.tries < tries_max)
         to_make_large_.insert(page);
-    else if (error != 0)
+    else
         spdlog::debug("guest {}: tables of hwpt {} stay in small pages: {}", guest->second->number(), page.hwpt,
                       std::strerror(-error));
 }

@@ -143,8 +143,8 @@ HwptPlan Control::plan(const Guest &guest, std::uint32_t id, const dr_hwpt_alloc
             [this, token = guest.token(), id](unsigned shard, const dr_cell *cell) {
                 tell([this, token, id, shard, cell] { on_stalled(token, id, shard, cell); });
             },
-            [this, token = guest.token(), id](std::uint64_t offset) {
-                tell([this, large = LargePage{token, id, offset}] { to_make_large_.insert(large); });
+            [this, token = guest.token(), id](unsigned shard, std::uint64_t offset) {
+                tell([this, large = LargePage{token, id, shard, offset}] { to_make_large_.insert(large); });
             }};
 }
 

@@ -189,6 +189,8 @@ template <iommu::Format F> class ShardOf final : public Shard
             forget_owed();
     }
 
+    void made_large(std::uint64_t offset) override { slice_.tables().made_large(offset); }
+
     ShardCounters counters() const override { return ring_ ? ring_->counters() : ShardCounters{}; }
 
   private:

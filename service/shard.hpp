@@ -124,6 +124,9 @@ class Shard
     // its cells and slots may go.
     virtual void bury(const iommu::DmaThreads &threads, std::function<void()> reported) = 0;
 
+    // What its backing's make_large was asked for is done.
+    virtual void made_large(std::uint64_t offset) = 0;
+
     [[nodiscard]] virtual ShardCounters counters() const = 0;
 
   protected:

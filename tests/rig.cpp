@@ -156,7 +156,10 @@ void Rig::make_shard(unsigned i, bool restored)
     };
     config.backing = {there(tables_region_),
                       [this](std::uint64_t offset, std::uint64_t length) { tables_region_.give_back(offset, length); },
-                      [this](std::uint64_t offset) { static_cast<void>(tables_region_.make_large(offset)); }};
+                      [this](std::uint64_t offset) {
+                          static_cast<void>(tables_region_.make_large(offset));
+                          large_tables_.push_back(offset);
+                      }};
     config.record = {s.record.map.data(), geometry, there(s.record)};
     config.restored = restored;
     config.stall_ns = options_.stall_ns;

@@ -208,6 +208,12 @@ class Rig
     // The shared memory, for hostile writers.
     [[nodiscard]] std::byte *tables_memory() const { return tables_region_.map.data(); }
     [[nodiscard]] std::uint64_t tables_bytes() const; // that are there
+    // Where its owner has wished for large pages.
+    [[nodiscard]] const std::vector<std::uint64_t> &large_tables() const { return large_tables_; }
+    int make_tables_present(std::uint64_t offset, std::uint64_t length)
+    {
+        return tables_region_.make_present(offset, length);
+    }
     [[nodiscard]] const std::byte *translation_memory() const { return translation_region_.map.data(); }
     [[nodiscard]] std::uint64_t *entry(std::uint64_t iova, unsigned level) const;
     [[nodiscard]] iommu::Entry decode(std::uint64_t entry, unsigned level) const;
@@ -271,6 +277,7 @@ class Rig
 
     RigOptions options_;
     ring::Region tables_region_;
+    std::vector<std::uint64_t> large_tables_;
     ring::Region translation_region_;
     ring::Region cells_region_;
     std::vector<PerShard> shards_;

@@ -558,6 +558,21 @@ TEST_P(Map, TablesGiveTheirMemoryBackAfterTheGrace)
     EXPECT_LE(rig.tables_bytes(), before + MiB); // what is left: tables of tables, and the summary
 }
 
+TEST_P(Map, TablesGiveBackAgainWhatALargePageHasFilled)
+{
+    Rig rig({.aperture_lg2 = 39, .leaf_lg2_max = 12, .memory = GiB});
+    ASSERT_EQ(rig.map(0, GiB / 2, 0), 0);
+    ASSERT_EQ(rig.map(GiB / 2, GiB / 2, GiB / 2), 0);
+    ASSERT_EQ(rig.large_tables().size(), 1u);
+    ASSERT_EQ(rig.unmap(GiB / 2, GiB / 2), 0);
+    const std::uint64_t before = rig.tables_bytes();
+    ASSERT_EQ(rig.make_tables_present(rig.large_tables().front(), 2 * MiB), 0); // as the kernel does while it makes one
+    ASSERT_GE(rig.tables_bytes(), before + MiB);
+    rig.shard().made_large(rig.large_tables().front());
+    EXPECT_EQ(rig.tables_bytes(), before);
+    EXPECT_EQ(rig.write(0, GiB / 4, 8).reason, iommu::FaultReason::none) << "what is in use stays";
+}
+
 TEST_P(Map, TablesEmptiedPieceByPieceAreReused)
 {
     Rig rig({.aperture_lg2 = 30, .leaf_lg2_max = 12, .memory = GiB});

@@ -41,6 +41,7 @@ struct ToldShard final : service::Shard {
     void add(const iommu::DmaThreads &) override {}
     void remove(const iommu::DmaThreads &) override {}
     void bury(const iommu::DmaThreads &, std::function<void()>) override {}
+    void made_large(std::uint64_t) override {}
     [[nodiscard]] ShardCounters counters() const override { return {}; }
 };
 
