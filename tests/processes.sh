@@ -134,15 +134,23 @@ migrate_untracked()
     at_least "$dir/untracked" bytes_sent "$(value "$dir/tracked" bytes_sent)"
 }
 
+# comes WHAT COMMAND...: until it succeeds.
+comes()
+{
+    local what=$1
+    shift
+    for _ in $(seq 200); do
+        ! "$@" >/dev/null 2>&1 || return 0
+        sleep 0.05
+    done
+    fail "$what did not come"
+}
+
 start_service()
 {
     "$bin/dirtyringd" --socket-path "$dir/socket" --log-level warn "$@" &
     service=$!
-    for _ in $(seq 100); do
-        [ ! -S "$dir/socket" ] || return 0
-        sleep 0.05
-    done
-    fail "the service did not open its socket"
+    comes "the service's socket" [ -S "$dir/socket" ]
 }
 
 stop_service()
@@ -216,11 +224,13 @@ two_services_one_socket()
     stop_service
 }
 
-# A migration of some seconds, in a session of its own.
+# A migration of some seconds, in a session of its own. Bash ignores interrupts in its name; it has begun when it blocks them itself.
 start_migration()
 {
     setsid "$bin/dirtyring" migrate --memory 256M --pattern uniform --bandwidth 50M "$@" >"$dir/out" 2>"$dir/err" &
     migration=$!
+    comes "a migration" awk '/^Name:/ { name = $2 } /^SigBlk:/ { ints = $2 ~ /[2367abef]$/ } END { exit !(name == "dirtyring" && ints) }' \
+        "/proc/$migration/status"
 }
 
 ends_with_1()
@@ -259,33 +269,31 @@ a_part_killed()
     for part in dirtyringd destination source device; do
         start_migration
         sleep 0.8
+        comes "$part" pgrep -P "$migration" "^$part"
         kill -KILL "$(pgrep -P "$migration" "^$part")"
         ends_with_1 "the kill of $part"
     done
+}
+
+# The four words that an example begins with: words.
+said()
+{
+    comes "what $1 says" grep -qE '^[^ ]+ [^ ]+ [^ ]+ [^ ]+' "$1"
+    read -r -a words <"$1"
 }
 
 examples()
 {
     start_service
     "$bin/vmm" "$dir/socket" 100 >"$dir/vmm" &
-    local vmm=$!
-    local words
-    for _ in $(seq 100); do
-        read -r -a words <"$dir/vmm" || true
-        [ ${#words[@]} -lt 4 ] || break
-        sleep 0.05
-    done
+    local vmm=$! words
+    said "$dir/vmm"
     "$bin/device" "$dir/socket" "${words[1]}" "${words[3]}" 1000 1
     wait $vmm || fail "vmm ended with $?"
 
     "$bin/uring_consumer" "$dir/socket" 100 >"$dir/consumer" &
     vmm=$!
-    words=()
-    for _ in $(seq 100); do
-        read -r -a words <"$dir/consumer" || true
-        [ ${#words[@]} -lt 4 ] || break
-        sleep 0.05
-    done
+    said "$dir/consumer"
     "$bin/device" "$dir/socket" "${words[1]}" "${words[3]}" 1000 1
     wait $vmm || fail "uring_consumer ended with $?"
     stop_service
@@ -296,11 +304,7 @@ file_reader()
     start_service
     "$bin/vmm" "$dir/socket" 1 >"$dir/vmm" &
     local vmm=$! words
-    for _ in $(seq 100); do
-        read -r -a words <"$dir/vmm" || true
-        [ ${#words[@]} -lt 4 ] || break
-        sleep 0.05
-    done
+    said "$dir/vmm"
     local reader=("$bin/file_reader" "$dir/socket" "${words[1]}" "${words[3]}")
     head -c 16M /dev/urandom >"$dir/file"
     expect 2 'usage' "$bin/file_reader"

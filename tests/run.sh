@@ -55,8 +55,8 @@ for preset in tsan asan-ubsan; do
 done
 
 if [ -n "${DIRTYRING_FULL-}" ]; then
-    step "test: dev, what starts processes, 100 times, several at once; build/dev/repeated.log"
-    DIRTYRING_REPEATED=1 ctest --preset dev --label-regex processes --repeat until-fail:100 --parallel $((3 * jobs)) --quiet \
+    step "test: dev, what starts processes, 100 times, many at once, as they wait most of the time; build/dev/repeated.log"
+    DIRTYRING_REPEATED=1 ctest --preset dev --label-regex processes --repeat until-fail:100 --parallel $((5 * jobs)) --quiet \
         --output-log "$PWD/build/dev/repeated.log" ||
         { grep -E 'Failed|Timeout|tests failed' build/dev/repeated.log; exit 1; }
     tail -n 12 build/dev/repeated.log | grep -E 'tests passed|Total'
