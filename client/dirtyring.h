@@ -267,9 +267,13 @@ DIRTYRING_API void dirtyring_set_close(struct dirtyring_set *set);
 DIRTYRING_API bool dirtyring_set_peek(struct dirtyring_set *set, struct dirtyring_batch *batch);
 DIRTYRING_API void dirtyring_set_release(struct dirtyring_set *set, const struct dirtyring_batch *batch);
 
-/* As for a ring. The fd is an epoll of all rings' fds; arming resets those that called. */
+/* As for a ring. The fd is an epoll of all rings' fds; arming forgets who has called. */
 DIRTYRING_API bool dirtyring_set_arm(struct dirtyring_set *set);
 DIRTYRING_API int dirtyring_set_fd(const struct dirtyring_set *set);
+
+/* Arms and sleeps in one system call, for who waits for nothing else. 1: peek, something may be there; 0: timeout_ms are over (-1: never);
+ * -EINTR: a signal. A service that is gone calls nobody: see dirtyring_socket. */
+DIRTYRING_API int dirtyring_set_wait(struct dirtyring_set *set, int timeout_ms);
 
 /* Starts a sync of the hwpt, from any thread: whoever has released every entry up to its markers has all whose DMA had completed before this call.
  * Go on with peek and release until dirtyring_set_synced. One at a time: -EBUSY. */

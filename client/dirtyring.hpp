@@ -61,6 +61,8 @@ class RingSet
     // True: nothing is there yet, and fd() may be waited for.
     [[nodiscard]] bool arm() { return dirtyring_set_arm(set_.get()); }
     [[nodiscard]] int fd() const { return dirtyring_set_fd(set_.get()); }
+    // False: the time is over. True after a signal, too.
+    bool wait(int timeout_ms = -1) { return dirtyring_set_wait(set_.get(), timeout_ms) != 0; }
 
     Result<void> sync() { return detail::result(dirtyring_set_sync(set_.get())); }
     [[nodiscard]] Result<bool> synced()

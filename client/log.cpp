@@ -1,8 +1,6 @@
 #include "client/dirty_log.hpp"
 #include "client/vm.hpp"
 
-#include <poll.h>
-
 using namespace dirtyring::client;
 
 namespace {
@@ -42,9 +40,7 @@ struct dirtyring_log {
             }
             if (const int synced = dirtyring_set_synced(set.get()); synced != 0)
                 return synced < 0 ? synced : 0;
-            pollfd called{dirtyring_set_fd(set.get()), POLLIN, 0};
-            if (dirtyring_set_arm(set.get()))
-                ::poll(&called, 1, look_again_ms);
+            static_cast<void>(dirtyring_set_wait(set.get(), look_again_ms));
         }
     }
 

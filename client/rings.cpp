@@ -54,11 +54,14 @@ struct dirtyring_set {
     ~dirtyring_set();
 
     [[nodiscard]] std::uint64_t all_rings() const { return ~0ull >> (64 - count); }
+    [[nodiscard]] bool arm();
+    // Waits until a ring has called and forgets which. 1: one has; 0: the time is over; or -errno.
+    int take_calls(int timeout_ms);
     void released_marker(std::uint64_t entry, std::uint32_t shard);
     int finish_sync(int result);
 
     dirtyring_vm *vm;
-    Fd epoll;
+    Fd epoll; // of the rings' calls
     Owned<dirtyring_ring> rings[DR_SHARDS_MAX];
     std::uint32_t count = 0;
     std::uint32_t next = 0; // ring whose turn it is
@@ -74,6 +77,22 @@ struct dirtyring_set {
 };
 
 static_assert(DR_SHARDS_MAX <= 64, "a bit for each ring");
+
+bool dirtyring_set::arm()
+{
+    for (std::uint32_t shard = 0; shard < count; ++shard) {
+        if (!rings[shard]->entries.arm())
+            return false;
+    }
+    return true;
+}
+
+int dirtyring_set::take_calls(int timeout_ms)
+{
+    epoll_event called[DR_SHARDS_MAX];
+    const int n = ::epoll_wait(epoll.get(), called, DR_SHARDS_MAX, timeout_ms);
+    return n < 0 ? -errno : n > 0 ? 1 : 0;
+}
 
 using Lock = std::lock_guard<Mutex>;
 
@@ -175,8 +194,7 @@ int dirtyring_set_open(dirtyring_vm *vm, uint32_t hwpt, dirtyring_set **out)
         set->rings[shard].reset(ring);
         ++set->count;
         epoll_event event{};
-        event.events = EPOLLIN;
-        event.data.u32 = shard;
+        event.events = EPOLLIN | EPOLLET; // each call counts once, so nobody has to reset the eventfds
         if (::epoll_ctl(set->epoll.get(), EPOLL_CTL_ADD, dirtyring_ring_fd(ring), &event) != 0)
             return fail(errno, "epoll_ctl: %s", std::strerror(errno));
     }
@@ -213,20 +231,18 @@ void dirtyring_set_release(dirtyring_set *set, const dirtyring_batch *batch)
 
 bool dirtyring_set_arm(dirtyring_set *set)
 {
-    epoll_event called[DR_SHARDS_MAX];
-    const int n = ::epoll_wait(set->epoll.get(), called, DR_SHARDS_MAX, 0);
-    for (int i = 0; i < n; ++i)
-        reset_event(set->rings[called[i].data.u32]->call);
-    for (std::uint32_t shard = 0; shard < set->count; ++shard) {
-        if (!set->rings[shard]->entries.arm())
-            return false;
-    }
-    return true;
+    static_cast<void>(set->take_calls(0)); // those so far
+    return set->arm();
 }
 
 int dirtyring_set_fd(const dirtyring_set *set)
 {
     return set->epoll.get();
+}
+
+int dirtyring_set_wait(dirtyring_set *set, int timeout_ms)
+{
+    return set->arm() ? set->take_calls(timeout_ms) : 1;
 }
 
 // ---- sync

@@ -1,7 +1,9 @@
 // libdirtyring against a service that does what each test tells it to.
 #include "tests/fake_service.hpp"
 
+#include <chrono>
 #include <memory>
+#include <thread>
 
 namespace dirtyring::test {
 namespace {
@@ -499,6 +501,26 @@ TEST_F(ClientRings, ASetIsWokenByAnyRing)
         EXPECT_FALSE(dirtyring_set_arm(set.get()));
         EXPECT_EQ(next(set).size(), 1u);
     }
+}
+
+TEST_F(ClientRings, ASetWaitsUntilARingCalls)
+{
+    const Set set = open_set();
+    EXPECT_EQ(dirtyring_set_wait(set.get(), 0), 0);
+    for (int i = 0; i < 4; ++i) {
+        service.rings[i % 2].publish({dr_run(1, false, 1)});
+        EXPECT_EQ(dirtyring_set_wait(set.get(), -1), 1) << "there already";
+        EXPECT_EQ(next(set).size(), 1u);
+        EXPECT_EQ(dirtyring_set_wait(set.get(), -1), 1) << "it has called, too";
+        EXPECT_EQ(dirtyring_set_wait(set.get(), 1), 0) << "once";
+    }
+    std::thread later([&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        service.rings[1].publish({dr_run(2, false, 1)});
+    });
+    EXPECT_EQ(dirtyring_set_wait(set.get(), -1), 1);
+    EXPECT_THAT(next(set), ElementsAre(dr_run(2, false, 1)));
+    later.join();
 }
 
 TEST_F(ClientRings, SyncsWhenEveryMarkerIsReleased)

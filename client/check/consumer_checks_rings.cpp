@@ -114,12 +114,13 @@ void heads(Stage &s)
         const std::uint64_t tail = ring.tail();
         const std::uint64_t head = back ? tail - 2 : tail + guest.hwpt().ring_entries + 2;
         ring.set_head(head);
+        ring.disarm();
         signal(ring.call);
         const std::string what =
             fmt::format("head {} with tail {} and {} slots", head, tail, guest.hwpt().ring_entries);
         const auto moved = [&] { return ring.tail() != tail; };
-        const bool woke = s.comes_true([&] { return moved() || ring.call_taken() || guest.subject.ended(); });
-        if (!woke)
+        const auto armed = [&] { return ring.armed() != DR_DISARMED; };
+        if (!s.comes_true([&] { return moved() || armed() || guest.subject.ended(); }))
             throw Broken("the program did not look after a call");
         s.need(s.stays_false(moved), "C-3", what, fmt::format("tail became {}", ring.tail()), "it stops reading");
     }

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <poll.h>
 
 namespace dirtyring::check {
 namespace {
@@ -62,10 +61,9 @@ void PlayedRing::set_head(std::uint64_t head) const
     word(producer_.map.as<dr_ring_producer>()->head).store(head, std::memory_order_seq_cst);
 }
 
-bool PlayedRing::call_taken() const
+void PlayedRing::disarm() const
 {
-    pollfd readable{call.get(), POLLIN, 0};
-    return ::poll(&readable, 1, 0) == 0;
+    word(mine().armed).store(DR_DISARMED, std::memory_order_seq_cst); // before the call; the next arm() is behind it
 }
 
 std::vector<Fd> PlayedRing::descriptors() const

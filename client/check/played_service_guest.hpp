@@ -40,8 +40,8 @@ class PlayedRing
     void want_kick(bool wanted) { out_->want_kick(wanted); }
     // Says what is not so.
     void set_head(std::uint64_t head) const;
-    // Whoever is called resets it; false: not yet.
-    [[nodiscard]] bool call_taken() const;
+    // Takes the program's wish to be called away: when it is there again, the program has looked.
+    void disarm() const;
 
     std::vector<Fd> descriptors() const;
     Fd call = event();

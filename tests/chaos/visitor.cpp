@@ -1,7 +1,6 @@
 // Guests that come and go, so that objects are made and freed while the service dies.
 #include "tests/chaos/children.hpp"
 
-#include <poll.h>
 #include <random>
 #include <set>
 #include <thread>
@@ -31,9 +30,7 @@ void expect_reported(RingSet &rings, std::set<std::uint64_t> written)
         take_all(rings, written);
         if (must(rings.synced(), "sync of a visitor"))
             break;
-        pollfd wait{rings.fd(), POLLIN, 0};
-        if (rings.arm())
-            ::poll(&wait, 1, -1);
+        rings.wait();
     }
     if (!written.empty())
         throw Lost(
