@@ -6,6 +6,7 @@
 
 #include "iommu/format.hpp"
 
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cstddef>
@@ -47,6 +48,43 @@ struct OpenTable {
 };
 
 inline constexpr std::size_t table_lines = table_entries / line_entries;
+inline constexpr std::size_t tables_at_once = 16;
+inline constexpr std::size_t lines_at_once = tables_at_once * table_lines;
+
+// Asks for the line to write to it: for reading alone it would still be another core's when it is written. gcc makes a read of
+// __builtin_prefetch, and may drop a function of nothing but that. Older processors do nothing.
+inline void prefetch_to_write(const std::uint64_t *at)
+{
+#ifdef __x86_64__
+    asm volatile("prefetchw %0" : : "m"(*at));
+#else
+    __builtin_prefetch(at, 1);
+#endif
+}
+
+// Lines to be looked at next: asked for one by one, while those at hand keep the core busy. All at once they would keep it waiting.
+class LinesAhead
+{
+  public:
+    void clear() { next_ = used_ = 0; }
+    void add(const std::uint64_t *line) { lines_[used_++] = line; }
+
+    void ask()
+    {
+        if (next_ < used_)
+            prefetch_to_write(lines_[next_++]);
+    }
+    void ask_rest()
+    {
+        while (next_ < used_)
+            ask();
+    }
+
+  private:
+    std::array<const std::uint64_t *, lines_at_once> lines_;
+    std::size_t used_ = 0;
+    std::size_t next_ = 0;
+};
 
 namespace scan {
 
@@ -63,6 +101,19 @@ __attribute__((target("avx512f"), always_inline)) inline unsigned line_avx512(co
     const __m512i mask = _mm512_set1_epi64(static_cast<long long>(p.mask));
     const __m512i value = _mm512_set1_epi64(static_cast<long long>(p.value));
     return _mm512_cmpeq_epi64_mask(_mm512_and_si512(_mm512_load_si512(line), mask), value);
+}
+
+// Does any entry of the table match? Asks for the lines 1 KiB ahead, and so for the table behind this one, which mostly is the next.
+__attribute__((target("avx512f"))) inline bool any_avx512(const OpenTable &table, Pattern p)
+{
+    constexpr unsigned ahead = 16 * line_entries;
+    unsigned any = 0;
+#pragma GCC unroll 8
+    for (unsigned i = 0; i < table_entries; i += line_entries) {
+        __builtin_prefetch(table.entries + i + ahead);
+        any |= line_avx512(table.entries + i, p);
+    }
+    return any != 0;
 }
 
 __attribute__((target("avx512f"))) inline std::size_t find_avx512(const OpenTable &table, std::uint64_t lines,
@@ -145,8 +196,11 @@ inline std::size_t find_lines(const OpenTable &table, std::uint64_t lines, Patte
 {
 #if DIRTYRING_VECTORS
     std::atomic_signal_fence(std::memory_order_seq_cst);
-    if (scan::has_avx512)
+    if (scan::has_avx512) {
+        if (lines == ~0ull && !scan::any_avx512(table, p))
+            return 0;
         return scan::find_avx512(table, lines, p, which, out);
+    }
     if (scan::has_avx2)
         return scan::find_avx2(table, lines, p, which, out);
 #endif

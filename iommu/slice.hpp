@@ -298,16 +298,14 @@ template <Format F> class Slice
 
     [[nodiscard]] bool any_table_bit() const { return next_marked_word(0) != bit_words(); }
 
-    // Both are about to be taken, or read. Inlined before gcc finds that a function of nothing but prefetches has no effect, and drops the call.
-    [[gnu::always_inline]] void prefetch_word(std::uint32_t table) const
-    {
-        __builtin_prefetch(&tables_.line_word(table), 1);
-    }
-    [[gnu::always_inline]] void prefetch(const Lines &lines) const
+    // It is about to be taken.
+    void prefetch_word(std::uint32_t table) const { prefetch_to_write(&tables_.line_word(table)); }
+
+    void list(const Lines &lines, LinesAhead &list) const
     {
         const std::uint64_t *entries = tables_.entries(lines.table);
         for (std::uint64_t rest = lines.mask; rest != 0; rest &= rest - 1)
-            __builtin_prefetch(entries + static_cast<unsigned>(std::countr_zero(rest)) * line_entries, 1);
+            list.add(entries + static_cast<unsigned>(std::countr_zero(rest)) * line_entries);
     }
 
     [[nodiscard]] std::uint64_t existing_tables(std::uint64_t i) const { return record_.linked_word(i); }

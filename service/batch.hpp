@@ -37,7 +37,7 @@ template <iommu::Format F> class Batch
 
     // Adds the leaves that are dirty in these lines to the ring's runs, and touches them. False: there was no room for all; what is left
     // is still in the masks, what is finished no longer.
-    [[nodiscard]] bool collect(std::span<iommu::Lines> tables, Publisher &ring)
+    [[nodiscard]] bool collect(std::span<iommu::Lines> tables, iommu::LinesAhead &ahead, Publisher &ring)
     {
         const std::size_t before = used_;
         for (unsigned t = 0; t < tables.size(); ++t) {
@@ -50,7 +50,7 @@ template <iommu::Format F> class Batch
                 invalidation_.touch(table.iova, std::uint64_t{iommu::table_entries} << iommu::granule_lg2);
             }
         }
-        bool full = !add_pages(tables, std::span(found_).subspan(before, used_ - before), ring);
+        bool full = !add_pages(tables, std::span(found_).subspan(before, used_ - before), ahead, ring);
         for (const unsigned t : others_) {
             const iommu::OpenTable table = slice_.open(tables[t].table);
             for (iommu::LineEntries &line : find(table, tables[t], t)) {
@@ -91,9 +91,10 @@ template <iommu::Format F> class Batch
     }
 
     // Entries that are leaves of 4 KiB. Leaves in the lines what was added. False: there was no room for all.
-    bool add_pages(std::span<iommu::Lines> tables, std::span<iommu::LineEntries> lines, Publisher &ring)
+    bool add_pages(std::span<iommu::Lines> tables, std::span<iommu::LineEntries> lines, iommu::LinesAhead &ahead,
+                   Publisher &ring)
     {
-        const auto added = ring.add_pages(lines);
+        const auto added = ring.add_pages(lines, ahead);
         any_ |= added.any;
         unsigned left = added.left;
         for (iommu::LineEntries &line : lines.subspan(added.lines)) {

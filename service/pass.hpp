@@ -36,7 +36,7 @@ template <iommu::Format F> class Pass
     {
         while (budget > 0) {
             std::uint64_t any = 0;
-            for (iommu::Lines &lines : ahead()) {
+            for (iommu::Lines &lines : at_hand_.all()) {
                 if (lines.mask == 0)
                     continue;
                 // Now: a map change may have taken the table away since.
@@ -45,51 +45,58 @@ template <iommu::Format F> class Pass
                 any |= lines.mask;
             }
             if (any != 0)
-                return ahead();
-            if (!take_ahead(slice)) {
+                return at_hand_.all();
+            next_lines_.ask_rest();
+            at_hand_ = next_tables_;
+            take(slice);
+            if (at_hand_.used + next_tables_.used == 0) {
                 running_ = false;
                 full_ = false;
                 return {};
             }
-            budget -= std::min(budget, ahead_used_);
+            budget -= std::min(budget, at_hand_.used);
         }
         return {};
     }
+
+    // Those behind the ones at hand.
+    [[nodiscard]] iommu::LinesAhead &ahead() { return next_lines_; }
 
     // Lines taken and not finished, those of tables not opened yet counted as one each.
     [[nodiscard]] std::uint64_t unfinished() const
     {
         auto n = static_cast<std::uint64_t>(std::popcount(tables_));
-        for (const iommu::Lines &lines : std::span(ahead_).first(ahead_used_))
-            n += static_cast<std::uint64_t>(std::popcount(lines.mask));
+        for (const Group *group : {&at_hand_, &next_tables_}) {
+            for (const iommu::Lines &lines : std::span(group->tables).first(group->used))
+                n += static_cast<std::uint64_t>(std::popcount(lines.mask));
+        }
         return n;
     }
 
-    // Of tables that come together.
-    static constexpr unsigned lines_at_once_max = 16 * iommu::table_lines;
-
   private:
-    static constexpr unsigned tables_ahead = lines_at_once_max / iommu::table_lines;
-    static constexpr unsigned whole_tables_ahead = 4; // have room in the first level of a cache
+    struct Group {
+        std::array<iommu::Lines, iommu::tables_at_once> tables{};
+        unsigned used = 0;
+        [[nodiscard]] std::span<iommu::Lines> all() { return std::span(tables).first(used); }
+    };
 
-    [[nodiscard]] std::span<iommu::Lines> ahead() { return std::span(ahead_).first(ahead_used_); }
-
-    // Takes the lines of some tables. False: there are none left.
-    bool take_ahead(const iommu::Slice<F> &slice)
+    // Takes the lines of some tables from the summary, so that they are on their way when it is their turn.
+    void take(const iommu::Slice<F> &slice)
     {
-        ahead_used_ = 0;
-        while (ahead_used_ < (whole_tables_ ? whole_tables_ahead : tables_ahead) &&
-               (tables_ != 0 || take_word(slice))) {
+        next_tables_.used = 0;
+        while (next_tables_.used < iommu::tables_at_once && (tables_ != 0 || take_word(slice))) {
             const auto bit = static_cast<unsigned>(std::countr_zero(tables_));
             tables_ &= tables_ - 1;
-            ahead_[ahead_used_] = {static_cast<std::uint32_t>(word_ * 64 + bit), whole_tables_ ? ~0ull : 0};
-            slice.prefetch_word(ahead_[ahead_used_++].table);
+            iommu::Lines &lines = next_tables_.tables[next_tables_.used++];
+            lines = {static_cast<std::uint32_t>(word_ * 64 + bit), whole_tables_ ? ~0ull : 0};
+            slice.prefetch_word(lines.table);
         }
-        for (iommu::Lines &lines : ahead()) {
+        next_lines_.clear();
+        for (iommu::Lines &lines : next_tables_.all()) {
             lines.mask |= slice.take_lines(lines.table);
-            slice.prefetch(lines);
+            if (!whole_tables_) // those are read in a row
+                slice.list(lines, next_lines_);
         }
-        return ahead_used_ > 0;
     }
 
     // The next tables that may have dirty lines. False: that was all.
@@ -113,8 +120,9 @@ template <iommu::Format F> class Pass
     std::uint64_t next_ = 0;    // word of table bits
     std::uint64_t word_ = 0;
     std::uint64_t tables_ = 0; // of word_
-    std::array<iommu::Lines, tables_ahead> ahead_{};
-    unsigned ahead_used_ = 0;
+    Group at_hand_;
+    Group next_tables_;
+    iommu::LinesAhead next_lines_; // of next_tables_
 };
 
 } // namespace dirtyring::service

@@ -77,13 +77,20 @@ class Publisher
     };
 
     // The pages of these entries, one after the other, as far as there is room; takes out of the masks what is not mapped.
-    AddedPages add_pages(std::span<iommu::LineEntries> lines)
+    AddedPages add_pages(std::span<iommu::LineEntries> lines, iommu::LinesAhead &ahead)
     {
         RunWriter runs = *runs_; // whose members no store to the ring can change
         std::uint64_t pages = 0;
         AddedPages added{false, 0, 0};
         for (; added.lines < lines.size() && added.left == 0; ++added.lines) {
+            ahead.ask();
             iommu::LineEntries &line = lines[added.lines];
+            if (line.iova - last_.start < last_.end - last_.start && last_.end - line.iova >= line_span) {
+                const unsigned n = runs.add_line(reported(line.iova), line.mask);
+                pages += n;
+                if (n > 0)
+                    continue;
+            }
             for (unsigned rest = line.mask; rest != 0;) {
                 const auto first = static_cast<unsigned>(std::countr_zero(rest));
                 const std::uint64_t iova = line.iova + (std::uint64_t{first} << DR_PAGE_LG2);
@@ -140,6 +147,9 @@ class Publisher
     }
 
   private:
+    static constexpr std::uint64_t line_span = std::uint64_t{line_pages} << DR_PAGE_LG2;
+    static_assert(line_pages == iommu::line_entries);
+
     // The address of a page in last_.
     [[nodiscard]] std::uint64_t reported(std::uint64_t iova) const
     {

@@ -49,7 +49,7 @@ template <iommu::Format F> class ShardOf final : public Shard
           sizes_(slice_, invalidation_, config.leaves, *config.control), control_(config.control),
           noted_(1ull << config.index), always_on_(config.producer != nullptr && (F::always_on || config.always_on)),
           min_interval_ns_(config.min_interval_ns), stall_ns_(config.stall_ns), stalled_(std::move(config.stalled)),
-          batch_(slice_, invalidation_, sizes_, visit_lines + Pass<F>::lines_at_once_max), ops_(*config.control)
+          batch_(slice_, invalidation_, sizes_, visit_lines + iommu::lines_at_once), ops_(*config.control)
     {
         if (config.producer != nullptr)
             ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
@@ -406,7 +406,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             const std::span<iommu::Lines> tables = pass_.next(slice_, budget);
             if (tables.empty())
                 break;
-            full = !batch_.collect(tables, *ring_);
+            full = !batch_.collect(tables, pass_.ahead(), *ring_);
         }
         ring_->note_full(full, pass_.unfinished(), now_);
         if (batch_.empty())

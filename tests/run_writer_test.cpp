@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 #include <rapidcheck.h>
 
+#include <bit>
+#include <utility>
 #include <vector>
 
 namespace dirtyring::service {
@@ -147,6 +149,61 @@ TEST(RunWriter, NamesExactlyWhatWasAdded)
         }
         RC_ASSERT(named == wanted);
     }));
+}
+
+// Lines of which some pages are dirty: what is in the entries is as it would be page by page.
+TEST(RunWriter, LinesAreAsPageByPage)
+{
+    EXPECT_TRUE(rc::check([] {
+        const auto slots = *rc::gen::inRange<std::uint64_t>(0, 60);
+        const auto lines = *rc::gen::container<std::vector<std::pair<unsigned, unsigned>>>(
+            rc::gen::pair(rc::gen::inRange(0u, 3u), rc::gen::oneOf(rc::gen::inRange(1u, 256u), rc::gen::just(255u))));
+        const bool staged_between = *rc::gen::arbitrary<bool>();
+        Output by_line(64);
+        Output by_page(64);
+        RunWriter l(*by_line.ring, slots);
+        RunWriter p(*by_page.ring, slots);
+        std::uint64_t at = *rc::gen::element(0ull, large);
+        if (at != 0 && slots > 0)
+            RC_ASSERT(l.add(0, large) && p.add(0, large)); // to which no page is joined
+        for (const auto &[gap, pages] : lines) {
+            at += gap * line_pages * page;
+            const unsigned n = l.add_line(at, pages);
+            RC_ASSERT(n == 0 || n == static_cast<unsigned>(std::popcount(pages)));
+            if (n == 0)
+                break; // no room for as many as a line can have
+            for (unsigned rest = pages; rest != 0; rest &= rest - 1)
+                RC_ASSERT(p.add(at + static_cast<unsigned>(std::countr_zero(rest)) * page, page));
+            at += line_pages * page;
+            if (staged_between)
+                RC_ASSERT(l.stage() == p.stage());
+        }
+        RC_ASSERT(l.stage() == p.stage());
+        RC_ASSERT(by_line.staged() == by_page.staged());
+    }));
+}
+
+TEST(RunWriter, ALineGoesOnWithARunUpTo2047)
+{
+    Output out(64);
+    RunWriter w(*out.ring, 60);
+    for (unsigned i = 0; i < 255; ++i)
+        EXPECT_EQ(w.add_line(i * line_pages * page, 0xff), line_pages);
+    EXPECT_EQ(w.add_line(255 * line_pages * page, 0xff), 0u) << "2048";
+    EXPECT_EQ(w.add_line(255 * line_pages * page, 0x7f), 7u);
+    EXPECT_EQ(w.add_line(256 * line_pages * page, 0x81), 2u);
+    w.stage();
+    EXPECT_THAT(out.staged(), ElementsAre(run(0, 2047), run(2048 * page, 1), run(2055 * page, 1)));
+}
+
+TEST(RunWriter, ALineNeedsRoomForTheMostRunsItCanHave)
+{
+    Output out(16);
+    RunWriter w(*out.ring, line_runs_max);
+    EXPECT_EQ(w.add_line(0, 0x55), 4u);
+    EXPECT_EQ(w.add_line(0, 1), 0u);
+    w.stage();
+    EXPECT_THAT(out.staged(), ElementsAre(run(0, 1), run(2 * page, 1), run(4 * page, 1), run(6 * page, 1)));
 }
 
 } // namespace
