@@ -174,6 +174,14 @@ class BenchHwpt
         (void)iommu::mark_line(view, table, entry);
     }
 
+    // 8 entries, without the summary.
+    void make_line_clean(std::uint64_t line)
+    {
+        std::uint64_t *entries = tables().entries(first_leaf_table()) + line * iommu::line_entries;
+        for (unsigned i = 0; i < iommu::line_entries; ++i)
+            entries[i] &= ~iommu::AmdV1::dirty_bit;
+    }
+
     // The whole of it, whatever the summary says.
     void owe_full_scan()
     {
