@@ -48,7 +48,10 @@ struct OpenTable {
 };
 
 inline constexpr std::size_t table_lines = table_entries / line_entries;
+// Looked at together: so many tables, or as few as have so many lines. Enough for memory to be busy, not so many that the core waits until it
+// can ask for more.
 inline constexpr std::size_t tables_at_once = 16;
+inline constexpr std::size_t lines_wanted = 16;
 inline constexpr std::size_t lines_at_once = tables_at_once * table_lines;
 
 // Asks for the line to write to it: for reading alone it would still be another core's when it is written. gcc makes a read of
@@ -68,6 +71,7 @@ class LinesAhead
   public:
     void clear() { next_ = used_ = 0; }
     void add(const std::uint64_t *line) { lines_[used_++] = line; }
+    [[nodiscard]] std::size_t size() const { return used_; }
 
     void ask()
     {
@@ -81,7 +85,7 @@ class LinesAhead
     }
 
   private:
-    std::array<const std::uint64_t *, lines_at_once> lines_;
+    std::array<const std::uint64_t *, lines_wanted - 1 + table_lines> lines_;
     std::size_t used_ = 0;
     std::size_t next_ = 0;
 };

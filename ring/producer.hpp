@@ -9,6 +9,7 @@
 #include <bit>
 #include <cassert>
 #include <cstdint>
+#include <span>
 
 namespace dirtyring::ring {
 
@@ -55,6 +56,12 @@ template <class Entry> class Producer
         {
         }
         void put(std::uint64_t ahead, const Entry &entry) const { entries_[(first_ + ahead) & mask_] = entry; }
+        // The same slot, and how many lie in a row from there on before the ring's memory begins anew.
+        [[nodiscard]] std::span<Entry> row(std::uint64_t ahead) const
+        {
+            const std::uint64_t at = (first_ + ahead) & mask_;
+            return {entries_ + at, mask_ + 1 - at};
+        }
 
       private:
         Entry *entries_;

@@ -1,7 +1,9 @@
 // One pass over the dirty lines of a slice, in as many visits as it takes.
 //
-// What was taken from the summary and not finished stays here, and is visited before anything else, by this pass or the next. Some
-// tables are taken ahead, so that their lines are on their way while those before are looked at.
+// What was taken from the summary and not finished stays here, and is visited before anything else, by this pass or the next. Tables are
+// taken ahead in groups, so that memory is busy with the next ones while those at hand are looked at:
+//
+//   table bits ─▶ marked_: line words are asked for ─▶ ahead(): words taken, lines are asked for ─▶ at_hand()
 #pragma once
 
 #include "iommu/slice.hpp"
@@ -36,38 +38,35 @@ template <iommu::Format F> class Pass
     {
         while (budget > 0) {
             std::uint64_t any = 0;
-            for (iommu::Lines &lines : at_hand_.all()) {
-                if (lines.mask == 0)
-                    continue;
-                // Now: a map change may have taken the table away since.
-                lines.mask &= slice.existing_lines(lines.table);
-                budget -= std::min(budget, static_cast<unsigned>(std::popcount(lines.mask)));
+            for (iommu::Lines &lines : at_hand().all()) {
+                if (lines.mask != 0) // now: a map change may have taken the table away since
+                    lines.mask &= slice.existing_lines(lines.table);
                 any |= lines.mask;
             }
             if (any != 0)
-                return at_hand_.all();
-            next_lines_.ask_rest();
-            at_hand_ = next_tables_;
+                return at_hand().all();
+            lines_ahead_.ask_rest();
+            which_ = 1 - which_;
             take(slice);
-            if (at_hand_.used + next_tables_.used == 0) {
+            if (at_hand().used + ahead().used == 0) {
                 running_ = false;
                 full_ = false;
                 return {};
             }
-            budget -= std::min(budget, at_hand_.used);
+            budget -= static_cast<unsigned>(std::min<std::size_t>(budget, at_hand().used + at_hand().lines));
         }
         return {};
     }
 
-    // Those behind the ones at hand.
-    [[nodiscard]] iommu::LinesAhead &ahead() { return next_lines_; }
+    // The lines behind the ones at hand.
+    [[nodiscard]] iommu::LinesAhead &lines_ahead() { return lines_ahead_; }
 
     // Lines taken and not finished, those of tables not opened yet counted as one each.
     [[nodiscard]] std::uint64_t unfinished() const
     {
-        auto n = static_cast<std::uint64_t>(std::popcount(tables_));
-        for (const Group *group : {&at_hand_, &next_tables_}) {
-            for (const iommu::Lines &lines : std::span(group->tables).first(group->used))
+        auto n = static_cast<std::uint64_t>(std::popcount(tables_)) + (marked_used_ - marked_next_);
+        for (const Group &group : groups_) {
+            for (const iommu::Lines &lines : group.all())
                 n += static_cast<std::uint64_t>(std::popcount(lines.mask));
         }
         return n;
@@ -77,26 +76,49 @@ template <iommu::Format F> class Pass
     struct Group {
         std::array<iommu::Lines, iommu::tables_at_once> tables{};
         unsigned used = 0;
+        std::size_t lines = 0; // of all of them
         [[nodiscard]] std::span<iommu::Lines> all() { return std::span(tables).first(used); }
+        [[nodiscard]] std::span<const iommu::Lines> all() const { return std::span(tables).first(used); }
     };
 
-    // Takes the lines of some tables from the summary, so that they are on their way when it is their turn.
+    [[nodiscard]] Group &at_hand() { return groups_[which_]; }
+    // Those behind them.
+    [[nodiscard]] Group &ahead() { return groups_[1 - which_]; }
+
+    // Takes the lines of some tables from the summary, and lists them; those of whole tables are read in a row.
     void take(const iommu::Slice<F> &slice)
     {
-        next_tables_.used = 0;
-        while (next_tables_.used < iommu::tables_at_once && (tables_ != 0 || take_word(slice))) {
+        Group &group = ahead();
+        group.used = 0;
+        lines_ahead_.clear();
+        std::size_t whole = 0;
+        while (group.used < group.tables.size() && lines_ahead_.size() < iommu::lines_wanted) {
+            if (marked_next_ == marked_used_ && !mark(slice))
+                break;
+            iommu::Lines &lines = group.tables[group.used++];
+            lines = marked_[marked_next_++];
+            const bool listed = lines.mask == 0;
+            lines.mask |= slice.take_lines(lines.table);
+            if (listed)
+                slice.list(lines, lines_ahead_);
+            else
+                ++whole;
+        }
+        group.lines = whole * iommu::table_lines + lines_ahead_.size();
+    }
+
+    // Asks for the line words of the next tables. False: that was all.
+    bool mark(const iommu::Slice<F> &slice)
+    {
+        marked_next_ = marked_used_ = 0;
+        while (marked_used_ < marked_.size() && (tables_ != 0 || take_word(slice))) {
             const auto bit = static_cast<unsigned>(std::countr_zero(tables_));
             tables_ &= tables_ - 1;
-            iommu::Lines &lines = next_tables_.tables[next_tables_.used++];
+            iommu::Lines &lines = marked_[marked_used_++];
             lines = {static_cast<std::uint32_t>(word_ * 64 + bit), whole_tables_ ? ~0ull : 0};
             slice.prefetch_word(lines.table);
         }
-        next_lines_.clear();
-        for (iommu::Lines &lines : next_tables_.all()) {
-            lines.mask |= slice.take_lines(lines.table);
-            if (!whole_tables_) // those are read in a row
-                slice.list(lines, next_lines_);
-        }
+        return marked_used_ > 0;
     }
 
     // The next tables that may have dirty lines. False: that was all.
@@ -119,10 +141,13 @@ template <iommu::Format F> class Pass
     bool whole_tables_ = false; // what tables_ holds
     std::uint64_t next_ = 0;    // word of table bits
     std::uint64_t word_ = 0;
-    std::uint64_t tables_ = 0; // of word_
-    Group at_hand_;
-    Group next_tables_;
-    iommu::LinesAhead next_lines_; // of next_tables_
+    std::uint64_t tables_ = 0;            // of word_
+    std::array<iommu::Lines, 64> marked_; // those of whole tables have a mask
+    unsigned marked_used_ = 0;
+    unsigned marked_next_ = 0;
+    std::array<Group, 2> groups_;
+    unsigned which_ = 0; // is at hand
+    iommu::LinesAhead lines_ahead_;
 };
 
 } // namespace dirtyring::service

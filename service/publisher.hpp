@@ -79,39 +79,18 @@ class Publisher
     // The pages of these entries, one after the other, as far as there is room; takes out of the masks what is not mapped.
     AddedPages add_pages(std::span<iommu::LineEntries> lines, iommu::LinesAhead &ahead)
     {
-        RunWriter runs = *runs_; // whose members no store to the ring can change
-        std::uint64_t pages = 0;
         AddedPages added{false, 0, 0};
-        for (; added.lines < lines.size() && added.left == 0; ++added.lines) {
-            ahead.ask();
-            iommu::LineEntries &line = lines[added.lines];
-            if (line.iova - last_.start < last_.end - last_.start && last_.end - line.iova >= line_span) {
-                const unsigned n = runs.add_line(reported(line.iova), line.mask);
-                pages += n;
-                if (n > 0)
-                    continue;
-            }
-            for (unsigned rest = line.mask; rest != 0;) {
-                const auto first = static_cast<unsigned>(std::countr_zero(rest));
-                const std::uint64_t iova = line.iova + (std::uint64_t{first} << DR_PAGE_LG2);
-                if (!find(iova)) {
-                    rest &= rest - 1;
-                    line.mask &= ~(1u << first);
-                    continue;
-                }
-                const auto n = std::min<std::uint64_t>(static_cast<unsigned>(std::countr_one(rest >> first)),
-                                                       (last_.end - iova) >> DR_PAGE_LG2);
-                if (!runs.add(reported(iova), n << DR_PAGE_LG2)) {
-                    added.left = rest;
-                    break;
-                }
-                pages += n;
-                rest &= ~(((1u << n) - 1) << first);
+        std::uint64_t pages = 0;
+        while (added.lines < lines.size() && added.left == 0) {
+            const auto many = runs_->add_lines(lines.subspan(added.lines), last_window(), ahead);
+            added.lines += many.lines;
+            pages += many.pages;
+            if (added.lines < lines.size()) {
+                added.left = add_pages(lines[added.lines], pages);
+                added.lines += added.left == 0 ? 1 : 0;
             }
         }
-        added.lines -= added.left != 0 ? 1 : 0;
         added.any = pages != 0;
-        *runs_ = runs;
         counters_.pages += pages;
         return added;
     }
@@ -147,13 +126,36 @@ class Publisher
     }
 
   private:
-    static constexpr std::uint64_t line_span = std::uint64_t{line_pages} << DR_PAGE_LG2;
-    static_assert(line_pages == iommu::line_entries);
-
     // The address of a page in last_.
     [[nodiscard]] std::uint64_t reported(std::uint64_t iova) const
     {
         return oa_space_ ? last_.oa + (iova - last_.start) : iova;
+    }
+
+    [[nodiscard]] RunWriter::Window last_window() const
+    {
+        return {last_.start, last_.end - last_.start, oa_space_ ? last_.oa - last_.start : 0};
+    }
+
+    // The same of one line, which may lie in several extents or none. For which of its entries there was no room.
+    unsigned add_pages(iommu::LineEntries &line, std::uint64_t &pages)
+    {
+        for (unsigned rest = line.mask; rest != 0;) {
+            const auto first = static_cast<unsigned>(std::countr_zero(rest));
+            const std::uint64_t iova = line.iova + (std::uint64_t{first} << DR_PAGE_LG2);
+            if (!find(iova)) {
+                rest &= rest - 1;
+                line.mask &= ~(1u << first);
+                continue;
+            }
+            const auto n = std::min<std::uint64_t>(static_cast<unsigned>(std::countr_one(rest >> first)),
+                                                   (last_.end - iova) >> DR_PAGE_LG2);
+            if (!runs_->add(reported(iova), n << DR_PAGE_LG2))
+                return rest;
+            pages += n;
+            rest &= ~(((1u << n) - 1) << first);
+        }
+        return 0;
     }
 
     // Makes last_ the extent in which iova lies. False: there is none.

@@ -406,7 +406,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             const std::span<iommu::Lines> tables = pass_.next(slice_, budget);
             if (tables.empty())
                 break;
-            full = !batch_.collect(tables, pass_.ahead(), *ring_);
+            full = !batch_.collect(tables, pass_.lines_ahead(), *ring_);
         }
         ring_->note_full(full, pass_.unfinished(), now_);
         if (batch_.empty())

@@ -151,6 +151,25 @@ TEST(RunWriter, NamesExactlyWhatWasAdded)
     }));
 }
 
+constexpr RunWriter::Window everywhere{0, ~0ull, 0};
+
+RunWriter::AddedLines add_lines(RunWriter &w, std::vector<std::pair<std::uint64_t, unsigned>> lines,
+                                const RunWriter::Window &window = everywhere)
+{
+    std::vector<iommu::LineEntries> entries;
+    for (const auto &[at, pages] : lines)
+        entries.push_back({nullptr, at, pages, 0, 0});
+    iommu::LinesAhead none;
+    return w.add_lines(entries, window, none);
+}
+
+std::uint64_t add_line(RunWriter &w, std::uint64_t at, unsigned pages)
+{
+    const auto added = add_lines(w, {{at, pages}});
+    EXPECT_EQ(added.lines, added.pages != 0 ? 1u : 0u);
+    return added.pages;
+}
+
 // Lines of which some pages are dirty: what is in the entries is as it would be page by page.
 TEST(RunWriter, LinesAreAsPageByPage)
 {
@@ -168,8 +187,8 @@ TEST(RunWriter, LinesAreAsPageByPage)
             RC_ASSERT(l.add(0, large) && p.add(0, large)); // to which no page is joined
         for (const auto &[gap, pages] : lines) {
             at += gap * line_pages * page;
-            const unsigned n = l.add_line(at, pages);
-            RC_ASSERT(n == 0 || n == static_cast<unsigned>(std::popcount(pages)));
+            const std::uint64_t n = add_line(l, at, pages);
+            RC_ASSERT(n == 0 || n == static_cast<std::uint64_t>(std::popcount(pages)));
             if (n == 0)
                 break; // no room for as many as a line can have
             for (unsigned rest = pages; rest != 0; rest &= rest - 1)
@@ -188,10 +207,10 @@ TEST(RunWriter, ALineGoesOnWithARunUpTo2047)
     Output out(64);
     RunWriter w(*out.ring, 60);
     for (unsigned i = 0; i < 255; ++i)
-        EXPECT_EQ(w.add_line(i * line_pages * page, 0xff), line_pages);
-    EXPECT_EQ(w.add_line(255 * line_pages * page, 0xff), 0u) << "2048";
-    EXPECT_EQ(w.add_line(255 * line_pages * page, 0x7f), 7u);
-    EXPECT_EQ(w.add_line(256 * line_pages * page, 0x81), 2u);
+        EXPECT_EQ(add_line(w, i * line_pages * page, 0xff), line_pages);
+    EXPECT_EQ(add_line(w, 255 * line_pages * page, 0xff), 0u) << "2048";
+    EXPECT_EQ(add_line(w, 255 * line_pages * page, 0x7f), 7u);
+    EXPECT_EQ(add_line(w, 256 * line_pages * page, 0x81), 2u);
     w.stage();
     EXPECT_THAT(out.staged(), ElementsAre(run(0, 2047), run(2048 * page, 1), run(2055 * page, 1)));
 }
@@ -200,10 +219,41 @@ TEST(RunWriter, ALineNeedsRoomForTheMostRunsItCanHave)
 {
     Output out(16);
     RunWriter w(*out.ring, line_runs_max);
-    EXPECT_EQ(w.add_line(0, 0x55), 4u);
-    EXPECT_EQ(w.add_line(0, 1), 0u);
+    EXPECT_EQ(add_line(w, 0, 0x55), 4u);
+    EXPECT_EQ(add_line(w, 0, 1), 0u);
     w.stage();
     EXPECT_THAT(out.staged(), ElementsAre(run(0, 1), run(2 * page, 1), run(4 * page, 1), run(6 * page, 1)));
+}
+
+TEST(RunWriter, LinesUpToTheFirstThatReachesOutOfTheWindow)
+{
+    constexpr std::uint64_t start = 4 * page; // half a line
+    constexpr std::uint64_t line = line_pages * page;
+    const RunWriter::Window window{start, 3 * line, 16 * line - start};
+    Output out(64);
+    RunWriter w(*out.ring, 60);
+    EXPECT_EQ(add_lines(w, {{0, 0xff}, {line, 0xff}}, window).lines, 0u) << "begins before it";
+    const auto added = add_lines(w, {{line, 0x81}, {2 * line, 0x80}, {3 * line, 1}}, window);
+    EXPECT_EQ(added.lines, 2u) << "ends behind it";
+    EXPECT_EQ(added.pages, 3u);
+    EXPECT_EQ(add_lines(w, {{line, 1}}, {line, line - page, 0}).lines, 0u) << "shorter than a line";
+    w.stage();
+    EXPECT_THAT(out.staged(), ElementsAre(run(16 * line + 4 * page, 1), run(16 * line + 11 * page, 1),
+                                          run(17 * line + 11 * page, 1)));
+}
+
+// Until the ring's memory begins anew there is no row for another line; add() goes on.
+TEST(RunWriter, LinesEndWithTheRingsMemory)
+{
+    Output out(16);
+    RunWriter w(*out.ring, 14);
+    for (unsigned i = 0; i < 13; ++i)
+        EXPECT_TRUE(w.add(2 * i * page, page));
+    w.stage();
+    EXPECT_EQ(add_line(w, 64 * page, 1), 0u);
+    EXPECT_TRUE(w.add(64 * page, page));
+    w.stage();
+    EXPECT_EQ(out.staged().back(), run(64 * page, 1));
 }
 
 } // namespace
