@@ -33,8 +33,10 @@ inline constexpr bool under_tsan = true;
 #else
 inline constexpr bool under_tsan = false;
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) // gcc's
 inline constexpr bool sanitized = true;
+#elif defined(__has_feature)
+inline constexpr bool sanitized = under_tsan || __has_feature(address_sanitizer); // clang's
 #else
 inline constexpr bool sanitized = under_tsan;
 #endif
