@@ -62,9 +62,9 @@ judged()
 {
     local space=$1 name=$2
     shift 2
-    [ -n "$repeated" ] || set -- "$@" --ram-dir "$dir"
-    "$bin/dirtyring" migrate --memory 512M --trace "$traces/$name.trace.gz" --loops 0 --space "$space" --json "$dir/json" "$@"
-    [ -n "$repeated" ] || cmp "$dir/source.ram" "$dir/destination.ram"
+    "$bin/dirtyring" migrate --memory 512M --trace "$traces/$name.trace.gz" --loops 0 --space "$space" --ram-dir "$dir" \
+        --json "$dir/json" "$@"
+    cmp "$dir/source.ram" "$dir/destination.ram"
     local key
     for key in differing_pages unreported_writes; do
         [ "$(value "$dir/json" $key)" = 0 ] || fail "$key is not 0"

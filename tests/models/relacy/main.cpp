@@ -41,7 +41,7 @@ Result explore(const Suite &suite, rl::scheduler_type_e search, std::uint64_t it
 
 bool check(const Suite &suite, const Mutation *mutation, bool trace)
 {
-    const std::uint64_t iterations = suite.iterations * (std::getenv("DIRTYRING_FULL") != nullptr ? 4 : 1);
+    const std::uint64_t iterations = suite.iterations * (std::getenv("DIRTYRING_FULL") != nullptr ? 10 : 1);
     weakenings = mutation != nullptr ? mutation->weakened : std::vector<Weakening>{};
     delay = mutation != nullptr ? mutation->delayed : std::nullopt;
     active_fault.store(mutation != nullptr ? mutation->fault : Fault::none, std::memory_order_relaxed);

@@ -22,7 +22,7 @@ struct Mutation {
 struct Suite {
     const char *name;
     const char *edges;
-    std::uint64_t iterations; // at random; DIRTYRING_FULL: 4 times as many
+    std::uint64_t iterations; // at random; DIRTYRING_FULL: 10 times as many
     unsigned switches;        // all executions with at most so many forced switches are tried too; 0: they are too many
     void (*simulate)(rl::test_params &);
     std::vector<Mutation> mutations;
