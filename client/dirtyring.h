@@ -276,7 +276,7 @@ DIRTYRING_API int dirtyring_set_fd(const struct dirtyring_set *set);
 DIRTYRING_API int dirtyring_set_wait(struct dirtyring_set *set, int timeout_ms);
 
 /* Starts a sync of the hwpt, from any thread: whoever has released every entry up to its markers has all whose DMA had completed before this call.
- * Go on with peek and release until dirtyring_set_synced. One at a time: -EBUSY. */
+ * Go on with peek and release until dirtyring_set_synced. -EBUSY: one is running, or queued commands leave no room until they are reaped. */
 DIRTYRING_API int dirtyring_set_sync(struct dirtyring_set *set);
 
 /* 1: the markers of all rings have been released. 0: not yet. Negative: the service refused, or is gone. Never waits: while the

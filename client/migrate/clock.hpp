@@ -15,6 +15,9 @@ inline std::uint64_t now_ns()
 
 constexpr std::uint64_t never = UINT64_MAX;
 
+// After a full ring, which the source's other thread is reading.
+constexpr std::uint64_t retry_pause_ns = 200'000;
+
 // For ppoll: how long until `deadline_ns`.
 inline timespec until(std::uint64_t deadline_ns)
 {

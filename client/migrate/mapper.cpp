@@ -11,7 +11,6 @@
 namespace dirtyring::migrate {
 namespace {
 
-constexpr std::uint64_t retry_pause_ns = 200'000; // after a full ring: the other thread is reading it
 constexpr std::uint32_t map_flags = DIRTYRING_READ | DIRTYRING_WRITE | DIRTYRING_IDEMPOTENT;
 constexpr std::uint32_t unmap_flags = DIRTYRING_HARVEST_NOW | DIRTYRING_UNMAP_EMPTY_OK;
 

@@ -125,7 +125,7 @@ class Source
             queue_.push(page);
         for (unsigned round = 1;; ++round) {
             copy_round(round);
-            if (!shared_.options.tracking || fits_downtime()) {
+            if (!rings_ || rest_fits_downtime()) {
                 control_.converged.store(1, std::memory_order_relaxed);
                 return;
             }
@@ -148,7 +148,16 @@ class Source
         control_.rounds_done.store(number, std::memory_order_release); // pairs with Progress
     }
 
-    [[nodiscard]] bool fits_downtime() const
+    // What devices have written and no walker has reported yet is of the rest, too.
+    [[nodiscard]] bool rest_fits_downtime()
+    {
+        if (!queue_fits_downtime())
+            return false;
+        sync();
+        return queue_fits_downtime();
+    }
+
+    [[nodiscard]] bool queue_fits_downtime() const
     {
         const double ms = static_cast<double>(queue_.size() * page_size) * 1000 / link_.rate();
         return ms <= static_cast<double>(shared_.options.downtime_limit_ms);
@@ -165,15 +174,25 @@ class Source
         });
         if (mapper_)
             mapper_->join();
-        if (rings_) {
-            must(rings_->sync(), "cannot sync");
-            copy_until([&] { return must(rings_->synced(), "the sync failed"); });
-        } else {
+        if (rings_)
+            sync();
+        else
             reports_->all();
-        }
         copy_until([&] { return queue_.empty(); });
         link_.finish();
         show();
+    }
+
+    void sync()
+    {
+        auto started = rings_->sync();
+        for (; !started && started.error().code == EBUSY; started = rings_->sync()) {
+            // The mapper's commands leave no room until it has reaped some.
+            const std::uint64_t again = now_ns() + retry_pause_ns;
+            copy_until([&] { return now_ns() >= again; }, again);
+        }
+        must(std::move(started), "cannot sync");
+        copy_until([&] { return must(rings_->synced(), "the sync failed"); });
     }
 
     void detach_devices()
@@ -188,8 +207,9 @@ class Source
         shared_.ring_devices();
     }
 
-    // Reads the rings and sends what is queued until done(); sleeps when there is neither anything to read nor to send.
-    template <class Done> void copy_until(Done done)
+    // Reads the rings and sends what is queued until done(); sleeps, to the deadline at most, when there is neither anything to
+    // read nor to send.
+    template <class Done> void copy_until(Done done, std::uint64_t deadline_ns = never)
     {
         for (;;) {
             if (rings_)
@@ -199,7 +219,7 @@ class Source
             if (!queue_.empty() && now_ns() >= link_.free_at())
                 send();
             else
-                sleep(done);
+                sleep(done, deadline_ns);
         }
     }
 
@@ -212,7 +232,7 @@ class Source
         show();
     }
 
-    template <class Done> void sleep(Done done)
+    template <class Done> void sleep(Done done, std::uint64_t deadline_ns)
     {
         show();
         if (queue_.empty())
@@ -223,8 +243,8 @@ class Source
         const int reports = rings_ ? rings_->fd() : -1;
         // The guest is the mapper's as long as that is at work, and its socket too.
         const int service = !mapper_ || mapper_->finished() ? guest_.socket() : -1;
-        const auto [reported, gone] =
-            shared_.source_bell.sleep(queue_.empty() ? never : link_.free_at(), {reports, service});
+        const std::uint64_t sendable_at = queue_.empty() ? never : link_.free_at();
+        const auto [reported, gone] = shared_.source_bell.sleep(std::min(sendable_at, deadline_ns), {reports, service});
         if (gone)
             must(guest_.reconnect());
     }
