@@ -58,18 +58,18 @@ bool Commands::poll()
     if (!look_again_.take())
         return false;
     std::size_t waiting = 0;
-    const std::size_t taken = taken_.size();
-    for (std::size_t i = 0; i < taken; ++i) {
-        CommandRecord &record = *taken_[i];
-        const int result =
-            waiting >= waiting_max || meets_one_waiting(record.request, waiting) ? -EINPROGRESS : start(record);
+    std::size_t tried = 0;
+    for (; tried < taken_.size() && waiting < waiting_max; ++tried) {
+        CommandRecord &record = *taken_[tried];
+        const int result = meets_one_waiting(record.request, waiting) ? -EINPROGRESS : start(record);
         if (result == -EINPROGRESS)
             taken_[waiting++] = &record;
         else if (result < 0)
             complete(record, result, 0, 0);
     }
-    taken_.resize(waiting);
-    return waiting < taken;
+    const auto place = [&](std::size_t i) { return taken_.begin() + static_cast<std::ptrdiff_t>(i); };
+    taken_.erase(place(waiting), place(tried));
+    return waiting < tried;
 }
 
 // Recorded first: once the tail has passed it, the ring no longer holds it for us.
@@ -110,7 +110,7 @@ void Commands::wake()
 
 void Commands::cancel()
 {
-    for (const auto &c : slots_)
+    for (Command *c : in_flight_)
         c->result = -ECANCELED;
 }
 
@@ -144,8 +144,8 @@ void Commands::remove_hwpt(std::uint32_t id)
 {
     const auto it = hwpts_.find(id);
     const std::uint32_t ioas = it->second.ioas;
-    for (const auto &c : slots_) {
-        if (c->in_flight && c->request().object == (is_range(c->request().opcode) ? ioas : id))
+    for (Command *c : in_flight_) {
+        if (c->request().object == (is_range(c->request().opcode) ? ioas : id))
             c->result = -ECANCELED;
     }
     ioases_[ioas] = {};
@@ -176,8 +176,8 @@ Tracking Commands::tracking(std::uint32_t hwpt) const
 // A DISABLE that is on its way has not ended it yet.
 bool Commands::enabled(std::uint32_t hwpt, const HwptRoute &route) const
 {
-    return route.record->enabled != 0 || std::any_of(slots_.begin(), slots_.end(), [&](const auto &c) {
-               return c->in_flight && c->request().object == hwpt && goes_alone(c->request().opcode);
+    return route.record->enabled != 0 || std::any_of(in_flight_.begin(), in_flight_.end(), [&](const Command *c) {
+               return c->request().object == hwpt && goes_alone(c->request().opcode);
            });
 }
 
@@ -209,9 +209,8 @@ bool Commands::meets_one_waiting(const dr_command &request, std::size_t waiting)
 
 bool Commands::meets_one_in_flight(const dr_command &request, std::uint64_t end) const
 {
-    return in_flight_ > 0 && std::any_of(slots_.begin(), slots_.end(), [&](const auto &c) {
-               return c->in_flight && meet(request, end, c->request(), c->end);
-           });
+    return std::any_of(in_flight_.begin(), in_flight_.end(),
+                       [&](const Command *c) { return meet(request, end, c->request(), c->end); });
 }
 
 HwptRoute *Commands::route_of(std::uint32_t ioas)
@@ -334,9 +333,8 @@ Commands::Command &Commands::enter(CommandRecord &record, std::uint64_t end)
 {
     Command &command = *free_.back();
     free_.pop_back();
-    ++in_flight_;
+    in_flight_.push_back(&command);
     command.record = &record;
-    command.in_flight = true;
     command.again = false;
     command.end = end;
     command.reached = record.request.iova;
@@ -512,8 +510,7 @@ void Commands::finish(Command &command)
     }
     if (request.opcode == DR_OP_UNMAP)
         done = command.reached - request.iova;
-    command.in_flight = false;
-    --in_flight_;
+    std::erase(in_flight_, &command);
     look_again_.set();
     free_.push_back(&command);
     complete(record, command.result, done, record.epoch);

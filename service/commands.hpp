@@ -128,7 +128,6 @@ class Commands
         [[nodiscard]] const dr_command &request() const { return record->request; }
 
         CommandRecord *record = nullptr;
-        bool in_flight = false;
         bool again = false;    // a restart does it again
         std::uint64_t end = 0; // map, unmap: half-open
         std::uint64_t reached = 0;
@@ -180,7 +179,7 @@ class Commands
     Stir look_again_;                   // something has come or ended since they were tried
     std::vector<std::unique_ptr<Command>> slots_;
     std::vector<Command *> free_;
-    std::size_t in_flight_ = 0;
+    std::vector<Command *> in_flight_;
     bool asked_for_kick_ = false;
 
     struct Memory {
