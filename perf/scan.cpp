@@ -166,14 +166,17 @@ void measure_clean_full_scan(Session &session, Guest &guest, unsigned pages_lg2,
 {
     guest.check({});
     const EntriesAtBest best(guest.pages());
-    const auto samples =
-        in_turns(session.turns(), {[&] { return guest.ours_all_entries(); }, [&] { return guest.table_walk(); },
-                                   [&] { return timed([&] { sink = read_all(best.entries()); }); }});
+    const auto samples = in_turns(
+        session.turns(), {[&] { return guest.ours_all_entries(); }, [&] { return guest.table_walk(); },
+                          [&] { return timed([&] { sink = read_all<Ahead::asked_for>(best.entries()); }); },
+                          [&] { return timed([&] { sink = read_all<Ahead::left_to_hardware>(best.entries()); }); }});
+    const Samples &reading =
+        std::min(samples[2], samples[3], [](const Samples &a, const Samples &b) { return median(a) < median(b); });
     session.add(Figure{.name = fmt::format("clean full scan, 2^{} pages", pages_lg2),
                        .unit = "ms",
                        .ours = scaled(samples[0], 1e-6),
                        .peer = Other{"generic_pt", scaled(samples[1], 1e-6)},
-                       .limit = Other{"reading", scaled(samples[2], 1e-6)},
+                       .limit = Other{"reading", scaled(reading, 1e-6)},
                        .ratio = Ratio::limit_to_ours,
                        .goal = Goal::ratio_at_least(goal)});
 }
