@@ -146,7 +146,7 @@ comes()
 {
     local what=$1
     shift
-    for _ in $(seq 200); do
+    for _ in $(seq 1200); do
         ! "$@" >/dev/null 2>&1 || return 0
         sleep 0.05
     done
