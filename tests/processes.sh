@@ -19,7 +19,8 @@ dir=$(mktemp -d)
 service=
 clean_up()
 {
-    [ -z "$service" ] || kill "$service" 2>/dev/null || true
+    pkill -TERM -s 0 -x 'dirtyringd?' || true
+    pkill -CONT -s 0 -x 'dirtyringd?' || true
     rm -rf "$dir"
 }
 trap clean_up EXIT
@@ -178,19 +179,20 @@ migrate_with_running_service()
     stop_service
 }
 
-# What a walker that stands still will report belongs to what is left, so the guest goes on while it is more than fits.
+# What a walker that stands still will report is not known to fit, so the guest is not stopped meanwhile.
 migrate_beside_a_walker_that_lags()
 {
     start_service
     "$bin/dirtyring" migrate --memory 512M --trace "$traces/guest-md5sum.trace.gz" --loops 0 --speed 10 --bandwidth 300M \
-        --downtime-limit 20 --socket-path "$dir/socket" --json "$dir/json" >"$dir/out" &
+        --downtime-limit 20 --socket-path "$dir/socket" >"$dir/out" &
     local migration=$!
     comes "the first round" grep -q '^round 1: copied' "$dir/out"
     kill -STOP "$service"
-    comes "the end of the second round" grep -q '^round 2: sent' "$dir/out"
+    comes "the end of the first round" grep -q '^round 1: sent' "$dir/out"
+    sleep 4 # a second round, and a line each second
+    ! grep '^guest stopped' "$dir/out" || fail "the guest was stopped before anybody knew what was left"
     kill -CONT "$service"
     wait "$migration" || fail "the migration ended with $?"
-    at_least "$dir/json" rounds 3
     stop_service
 }
 

@@ -99,8 +99,9 @@ void Progress::show_state()
     const std::string eta = gain_ > 0 ? duration(remaining / gain_ * 1000) : "unknown";
     const std::string copied = bytes(load(control_.pages_copied) * page_size);
     const std::string rates = fmt::format("dirty {}/s, link {}/s, ETA {}", bytes(dirty_rate_), bytes(link_rate), eta);
-    const std::string state =
-        fmt::format("round {}: copied {}, remaining {}, {}", rounds_shown_ + 1, copied, bytes(remaining), rates);
+    const std::string what =
+        phase(control_) < Phase::stopping ? fmt::format("round {}", rounds_shown_ + 1) : "guest stopped";
+    const std::string state = fmt::format("{}: copied {}, remaining {}, {}", what, copied, bytes(remaining), rates);
     if (terminal_) {
         const double part = 1 - remaining / static_cast<double>(options_.memory);
         fmt::print("\r\033[K{}", fmt::format("[{}] {}", bar(part), state).substr(0, columns() - 1));
