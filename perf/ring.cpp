@@ -10,6 +10,7 @@
 #include <rte_ring.h>
 #include <rte_ring_elem.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -39,8 +40,12 @@ class DirtyRing
         if (producer_.room() < n)
             throw Failure("the ring is full");
         const auto slots = producer_.slots();
-        for (std::uint64_t i = 0; i < n; ++i)
-            slots.put(i, first + i);
+        for (std::uint64_t done = 0; done < n;) {
+            const auto row = slots.row(done);
+            const std::uint64_t end = std::min(n, done + row.size());
+            for (std::uint64_t &slot : row.first(end - done))
+                slot = first + done++;
+        }
         producer_.stage(n);
         (void)producer_.publish();
     }
