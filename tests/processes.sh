@@ -367,7 +367,9 @@ conformance()
 }
 
 cases=(migrate_oa migrate_iova migrate_viommu_oa migrate_viommu_iova migrate_killed_oa migrate_killed_viommu_oa
-    migrate_killed_viommu_iova migrate_split migrate_split_killed migrate_devices_and_shards migrate_vtdss migrate_smmuv3s2 migrate_smmuv3s1 migrate_synthetic migrate_untracked migrate_with_running_service bad_input no_permission two_services_one_socket interrupted a_part_killed
+    migrate_killed_viommu_iova migrate_split migrate_split_killed migrate_devices_and_shards migrate_vtdss
+    migrate_smmuv3s2 migrate_smmuv3s1 migrate_synthetic migrate_untracked migrate_with_running_service
+    migrate_beside_a_walker_that_lags bad_input no_permission two_services_one_socket interrupted a_part_killed
     examples file_reader conformance)
 if [ "${1-}" = --list ]; then
     printf '%s\n' "${cases[@]}"
