@@ -25,7 +25,9 @@ template <class T> std::atomic_ref<T> word(T &w)
 // Maps a region that must have `size` bytes.
 Mapping map_region(Context &context, const Fd &fd, std::size_t size, int protection, const std::string &what);
 Fd memory_file(std::uint64_t size);
-// An eventfd that was signalled; its counter is zero again.
+// An eventfd that was signalled, and nobody has read it since.
+bool is_signalled(const Fd &event);
+// The same, and its counter is zero again.
 bool take_signal(const Fd &event);
 
 Pages pages_of(const Entries &entries);

@@ -34,11 +34,16 @@ Fd memory_file(std::uint64_t size)
     return fd;
 }
 
-bool take_signal(const Fd &event)
+bool is_signalled(const Fd &event)
 {
     pollfd readable{event.get(), POLLIN, 0};
+    return ::poll(&readable, 1, 0) == 1;
+}
+
+bool take_signal(const Fd &event)
+{
     std::uint64_t count = 0;
-    return ::poll(&readable, 1, 0) == 1 && ::read(event.get(), &count, sizeof count) == sizeof count;
+    return is_signalled(event) && ::read(event.get(), &count, sizeof count) == sizeof count;
 }
 
 Pages pages_of(const Entries &entries)
