@@ -224,18 +224,17 @@ template <Format F> void make_clean(std::uint64_t &live)
 template <Format F> void make_clean(std::span<LineEntries> lines)
 {
 #if DIRTYRING_VECTORS
-    if (scan::has_avx512 && !scan::flip_avx512(lines, F::leaf_settled, F::dirty_flip)) {
+    if (scan::has_avx512) {
+        const bool left = scan::flip_avx512(lines, F::leaf_settled, F::dirty_flip);
         std::atomic_signal_fence(std::memory_order_seq_cst); // before the advance
-        return;
+        if (!left)
+            return;
     }
 #endif
     for (LineEntries &l : lines) {
         for (; l.mask != 0; l.mask &= l.mask - 1)
             make_clean<F>(l.entries[std::countr_zero(l.mask)]);
     }
-#if DIRTYRING_VECTORS
-    std::atomic_signal_fence(std::memory_order_seq_cst); // before the advance
-#endif
 }
 
 } // namespace dirtyring::iommu
