@@ -38,6 +38,7 @@ Commands::Commands(Config config)
       restarting_(config.restarted)
 {
     assert(config.journal.size() == config.capacity);
+    in_flight_.reserve(config.capacity);
     for (std::uint32_t i = 0; i < config.capacity; ++i) {
         slots_.push_back(std::make_unique<Command>());
         free_.push_back(slots_.back().get());
