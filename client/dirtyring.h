@@ -279,8 +279,8 @@ DIRTYRING_API int dirtyring_set_wait(struct dirtyring_set *set, int timeout_ms);
  * Go on with peek and release until dirtyring_set_synced. -EBUSY: one is running, or queued commands leave no room until they are reaped. */
 DIRTYRING_API int dirtyring_set_sync(struct dirtyring_set *set);
 
-/* 1: the markers of all rings have been released. 0: not yet. Negative: the service refused, or is gone. Never waits: while the
- * service is away, the answer is 0. */
+/* 1: the markers of all rings have been released. 0: not yet, or no sync was started. Negative: the service refused, or is gone, or the last sync
+ * could not start. Never waits: while the service is away, the answer is 0. */
 DIRTYRING_API int dirtyring_set_synced(struct dirtyring_set *set);
 
 /* ---- a bitmap, for those who want one ----------------------------------------------------------------------------- */

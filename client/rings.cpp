@@ -277,10 +277,10 @@ int dirtyring_set_sync(dirtyring_set *set)
     // Markers of earlier syncs, of this set or another, may still lie in the rings: each sync has a cookie of its own.
     set->command.cookie = set->vm->new_cookie();
     set->missing = set->all_rings();
-    if (const int error = set->vm->commands.start(set->command, set->slot); error != 0)
-        return error;
-    set->syncing = true;
-    return 0;
+    // A sync that could not start does not leave the word of the one before it.
+    set->sync_result = set->vm->commands.start(set->command, set->slot);
+    set->syncing = set->sync_result == 0;
+    return set->sync_result;
 }
 
 int dirtyring_set_synced(dirtyring_set *set)

@@ -552,6 +552,35 @@ TEST_F(ClientRings, SyncsWhenEveryMarkerIsReleased)
     }
 }
 
+TEST_F(ClientRings, ASyncStartsOnceThereIsRoom)
+{
+    const Set set = open_set();
+    const auto finish_sync = [&] {
+        const std::uint64_t marker = start_sync(set);
+        for (DirtyRing &ring : service.rings)
+            ring.publish({marker});
+        service.complete(sync, 0);
+        EXPECT_THAT(next(set), ElementsAre(marker));
+        EXPECT_THAT(next(set), ElementsAre(marker));
+        EXPECT_EQ(dirtyring_set_synced(set.get()), 1);
+        EXPECT_THAT(reaped(), ElementsAre()); // takes the completion, and so frees its place
+    };
+    finish_sync();
+    for (std::uint64_t i = 0; i < command_entries; ++i)
+        EXPECT_EQ(dirtyring_queue_map(vm.get(), 1, i * page, page, 0, DIRTYRING_READ, i), 0);
+    EXPECT_EQ(dirtyring_submit(vm.get()), 0);
+    EXPECT_EQ(dirtyring_set_sync(set.get()), -EBUSY);
+    EXPECT_EQ(dirtyring_set_synced(set.get()), -EBUSY); // not what the sync before came to
+    service.rings[0].publish({dr_run(1, false, 1)});
+    EXPECT_THAT(next(set), ElementsAre(dr_run(1, false, 1)));
+    for (auto taken = service.take_commands(); !taken.empty(); taken = service.take_commands())
+        for (const dr_command &command : taken)
+            service.complete(command, 0);
+    EXPECT_EQ(dirtyring_set_sync(set.get()), -EBUSY); // they have not been reaped
+    EXPECT_EQ(reaped().size(), command_entries);
+    finish_sync();
+}
+
 TEST_F(ClientRings, ASyncTakesNoCompletionOfTheUsers)
 {
     const Set set = open_set();
