@@ -117,8 +117,9 @@ void Disturber::recover(std::uint64_t died_at)
     statistics_.recoveries_ns.push_back(now_ns() - died_at);
     statistics_.supervisor_kb.push_back(holdings(run_.service().supervisor()).resident);
     statistics_.worker_kb.push_back(holdings(run_.service().worker()).resident);
-    if (deaths_ >= deaths_in_a_row)
-        run_.pause(settled_ns);
+    if (deaths_ < deaths_in_a_row)
+        return; // going on is not enough: the next one can still come too soon for the supervisor
+    run_.pause(settled_ns);
     deaths_ = 0;
 }
 

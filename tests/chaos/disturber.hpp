@@ -55,7 +55,7 @@ class Disturber
         std::uint64_t times;
     };
     std::vector<Tried> points_;
-    unsigned deaths_ = 0; // of workers, since all went on
+    unsigned deaths_ = 0; // of workers, since one was let settle
 };
 
 } // namespace dirtyring::chaos
