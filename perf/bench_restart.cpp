@@ -1,6 +1,7 @@
 // What a guest notices when the service's worker is killed: from SIGKILL to the first new run at its consumer, and where that time
 // goes. A guest of 16 GiB in 4 KiB leaves; a device writes all the time, a consumer polls. bench_restart [KILLS]
 #include "client/migrate/failure.hpp"
+#include "client/migrate/newest_child.hpp"
 #include "client/migrate/temporary_directory.hpp"
 #include "perf/service.hpp"
 #include "ring/region.hpp"
@@ -16,7 +17,6 @@
 #include <cstdlib>
 #include <ctime>
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <poll.h>
 #include <string>
@@ -114,12 +114,10 @@ class Service
 
     [[nodiscard]] std::string socket() const { return directory_.path() + "/service.sock"; }
 
-    // A pidfd. The supervisor has one child, and reaps it when it dies.
+    // A pidfd.
     [[nodiscard]] ring::Fd worker() const
     {
-        std::ifstream children(fmt::format("/proc/{0}/task/{0}/children", supervisor_));
-        pid_t pid = 0;
-        children >> pid;
+        const pid_t pid = migrate::newest_child(supervisor_);
         ring::Fd worker(pid > 0 ? static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)) : -1);
         if (!worker)
             throw Failure("there is no worker to kill");

@@ -22,6 +22,7 @@
 #include <sys/signalfd.h>
 #include <sys/wait.h>
 #include <system_error>
+#include <thread>
 #include <unistd.h>
 
 namespace dirtyring::service {
@@ -211,7 +212,6 @@ class Supervisor
             return;
         // As long as it is not reaped nobody else has its pid: what comes from there is its own last will.
         receive();
-        ::waitid(P_PID, worker_, &death, WEXITED);
         const auto now = Clock::now();
         const bool exited = death.si_code == CLD_EXITED;
         const int code = exited ? death.si_status : 1;
@@ -222,11 +222,24 @@ class Supervisor
         if (ending_ || hopeless) {
             spdlog::debug("supervisor: worker {} ended by {}", pid, how);
             exit_code_ = code;
-            return;
+            return reap(pid);
         }
         spdlog::error("supervisor: worker {} died of {} after {:.1f} ms, death {}; {} descriptors are kept", pid, how,
                       ms(now - started_), ++deaths_, keeper_.kept().size());
         try_again(!ready_ || now - *ready_ < settled);
+        reap_aside(pid);
+    }
+
+    static void reap(pid_t pid) { ::waitid(P_PID, pid, nullptr, WEXITED); }
+
+    // On a busy machine the kernel can take a second to forget a process: no worker waits for that.
+    static void reap_aside(pid_t pid)
+    {
+        try {
+            std::thread(reap, pid).detach();
+        } catch (const std::system_error &) {
+            reap(pid);
+        }
     }
 
     void try_again(bool early)

@@ -1,4 +1,5 @@
 // dirtyringd --supervise whose worker is killed: who had something in the service has it again, once.
+#include "client/migrate/newest_child.hpp"
 #include "iommu/fault.hpp"
 #include "tests/service_peers.hpp"
 
@@ -32,14 +33,7 @@ class Supervised : public Daemon
         idle_ = process().descriptors();
     }
 
-    [[nodiscard]] pid_t worker() const
-    {
-        const std::string pid = std::to_string(process().pid());
-        std::ifstream children(process().proc("task/") + pid + "/children");
-        pid_t worker = 0;
-        children >> worker;
-        return worker;
-    }
+    [[nodiscard]] pid_t worker() const { return migrate::newest_child(process().pid()); }
     [[nodiscard]] std::size_t lives() const { return count(said(), " was ready after "); }
 
     void wait_for_life(std::size_t n) const

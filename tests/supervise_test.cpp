@@ -435,6 +435,18 @@ TEST(Supervisor, AWorkerThatLivedEndsTheRow)
     EXPECT_THAT(supervised.process().said(), Not(HasSubstr("starts in 80 ms")));
 }
 
+TEST(Supervisor, NoDeadWorkerIsLeftOver)
+{
+    Supervised supervised;
+    const Life settled = supervised.next_worker_settled();
+    settled.die();
+    const Life early = supervised.next_worker();
+    early.die();
+    (void)supervised.next_worker();
+    for (const Life *life : {&settled, &early})
+        EXPECT_TRUE(comes_true([&] { return ::kill(life->pid(), 0) != 0 && errno == ESRCH; })) << life->pid();
+}
+
 TEST(Supervisor, ADeathAsSoonAsItWasReadyIsEarly)
 {
     Supervised supervised;

@@ -2,10 +2,10 @@
 
 #include "client/migrate/clock.hpp"
 #include "client/migrate/failure.hpp"
+#include "client/migrate/newest_child.hpp"
 
 #include <algorithm>
 #include <csignal>
-#include <fstream>
 #include <poll.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -18,20 +18,12 @@ constexpr std::uint64_t ms_ns = 1'000'000;
 constexpr std::uint64_t settled_ns = 25 * ms_ns; // the supervisor takes who dies sooner after it was ready for hopeless
 constexpr std::uint64_t rest_ns = 10 * ms_ns;    // after which a pause of the devices is taken for one
 
-// 0: there is none, as between two workers. A supervisor has one thread, and one child at most.
-pid_t child_of(pid_t parent)
-{
-    std::ifstream children(fmt::format("/proc/{0}/task/{0}/children", parent));
-    pid_t pid = 0;
-    return children >> pid ? pid : 0;
-}
-
-// A pidfd, empty when there is none. Whom it names was the supervisor's child all the time, and no stranger who got the pid.
+// A pidfd, empty when there is none, as there may be between two workers. Whom it names was the supervisor's child all the time, and no stranger who got the pid.
 ring::Fd worker_of(pid_t supervisor)
 {
-    const pid_t pid = child_of(supervisor);
+    const pid_t pid = newest_child(supervisor);
     ring::Fd worker(pid != 0 ? static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)) : -1);
-    return pid == child_of(supervisor) ? std::move(worker) : ring::Fd();
+    return pid == newest_child(supervisor) ? std::move(worker) : ring::Fd();
 }
 
 bool dies_within(const ring::Fd &process, int timeout_ms)
@@ -62,7 +54,7 @@ void kill_workers(Shared &shared, pid_t supervisor)
     const auto finished = [&control] { return phase(control) == Phase::finished; };
     while (!finished()) {
         const ring::Fd worker = worker_of(supervisor);
-        if (!worker || dies_within(worker, 0)) { // the last one is not buried yet
+        if (!worker || dies_within(worker, 0)) { // there is no next one yet
             ::poll(nullptr, 0, glance_ms);
             continue;
         }

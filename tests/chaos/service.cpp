@@ -3,6 +3,7 @@
 #include "client/dirtyring.h"
 #include "client/migrate/clock.hpp"
 #include "client/migrate/failure.hpp"
+#include "client/migrate/newest_child.hpp"
 #include "tests/chaos/child.hpp"
 
 #include <csignal>
@@ -92,10 +93,7 @@ Service::~Service()
 
 pid_t Service::worker() const
 {
-    std::ifstream children(fmt::format("/proc/{0}/task/{0}/children", supervisor_));
-    pid_t pid = 0;
-    children >> pid;
-    return pid;
+    return migrate::newest_child(supervisor_);
 }
 
 bool Service::signal_worker(int number) const
