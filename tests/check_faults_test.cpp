@@ -19,8 +19,11 @@ using check::Outcome;
 using check::Verdicts;
 using Numbers = std::vector<std::string_view>;
 
+constexpr std::chrono::seconds patience{10};      // of `dirtyring check`
+constexpr std::chrono::seconds short_patience{3}; // with one that hangs, perhaps
+
 // What fails of these areas when the service breaks this rule.
-Numbers failed(Fault fault, const std::vector<std::span<const Check>> &areas)
+Numbers failed(Fault fault, const std::vector<std::span<const Check>> &areas, std::chrono::seconds of_the_kit)
 {
     ::setenv("DIRTYRING_FAULT", std::to_string(static_cast<int>(fault)).c_str(), 1);
     check::Program service(DIRTYRINGD_FAULTY_PATH " --socket-path {socket}");
@@ -28,7 +31,7 @@ Numbers failed(Fault fault, const std::vector<std::span<const Check>> &areas)
     Verdicts verdicts(check::Role::service);
     for (const auto &area : areas) {
         for (const Check &c : area)
-            check::run(c, verdicts, service.socket(), std::chrono::seconds(3), [&] { return service.end(); });
+            check::run(c, verdicts, service.socket(), of_the_kit, [&] { return service.end(); });
     }
     return verdicts.numbers(Outcome::fail);
 }
@@ -75,14 +78,16 @@ TEST_P(CheckFaults, AreNamed)
         });
     };
     for (int tries = 0; tries < 3 && !named(); ++tries)
-        numbers = failed(GetParam().fault, {GetParam().area()});
+        numbers = failed(GetParam().fault, {GetParam().area()}, short_patience);
     EXPECT_THAT(numbers, testing::IsSupersetOf(GetParam().broken));
 }
 
 TEST(CheckWithoutFault, NothingIsNamed)
 {
-    const Numbers numbers = failed(Fault::none, {check::ring_checks(), check::map_checks(), check::tracking_checks(),
-                                                 check::size_checks(), check::device_checks()});
+    const Numbers numbers = failed(Fault::none,
+                                   {check::ring_checks(), check::map_checks(), check::tracking_checks(),
+                                    check::size_checks(), check::device_checks()},
+                                   patience);
     EXPECT_THAT(numbers, testing::IsEmpty());
 }
 
