@@ -18,8 +18,8 @@ using check::Verdicts;
 using testing::ElementsAre;
 using testing::IsEmpty;
 
-constexpr std::chrono::seconds patience{
-    10}; // of `dirtyring check`: no rule but the one that is broken may fail of haste
+// Of `dirtyring check`: no rule but the one that is broken may fail of haste.
+constexpr std::chrono::seconds patience{10};
 
 std::vector<std::string_view> failed(std::span<const Check> checks, const std::string &socket)
 {

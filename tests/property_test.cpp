@@ -378,7 +378,7 @@ TEST_P(Property, ReportedCoversWritten)
 {
     const std::uint64_t seed = chosen_seed(std::random_device{}());
     const auto usual = std::chrono::seconds(GetParam().format == iommu::AmdV1::id ? 4 : 2);
-    Play(GetParam(), seed).run(full_length() ? std::chrono::seconds(30) : usual);
+    Play(GetParam(), seed).run(full_length() ? std::chrono::seconds(60) : usual);
 }
 
 INSTANTIATE_TEST_SUITE_P(Configurations, Property,

@@ -18,7 +18,8 @@ constexpr std::uint64_t ms_ns = 1'000'000;
 constexpr std::uint64_t settled_ns = 25 * ms_ns; // the supervisor takes who dies sooner after it was ready for hopeless
 constexpr std::uint64_t rest_ns = 10 * ms_ns;    // after which a pause of the devices is taken for one
 
-// A pidfd, empty when there is none, as there may be between two workers. Whom it names was the supervisor's child all the time, and no stranger who got the pid.
+// A pidfd, empty when there is none, as there may be between two workers. Whom it names was the supervisor's child all the time, and no
+// stranger who got the pid.
 ring::Fd worker_of(pid_t supervisor)
 {
     const pid_t pid = newest_child(supervisor);
