@@ -126,6 +126,8 @@ void Control::on_completion(std::uint64_t user_data, int result, unsigned flags)
     case gone:
         if (result >= 0)
             on_process_gone(id);
+        else
+            poll_process(id); // the kernel had no memory for it; one that is not watched any more is not found
         break;
     case linger_over:
         on_linger_over(id);

@@ -207,8 +207,10 @@ class Control
     struct Watched {
         Token guest;
         std::uint32_t device; // 0: the front-end
+        int pidfd;            // the guest's, as long as it is watched
     };
     void watch(const ring::Fd &pidfd, const Token &guest, std::uint32_t device);
+    void poll_process(std::uint64_t watch);
     void unwatch_if(const std::function<bool(const Watched &)> &matches);
     void on_process_gone(std::uint64_t watch);
 

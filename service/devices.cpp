@@ -238,12 +238,20 @@ void Control::device_detach(Connection &c)
 void Control::watch(const ring::Fd &pidfd, const Token &guest, std::uint32_t device)
 {
     const std::uint64_t id = next_id_++;
-    watched_.emplace(id, Watched{guest, device});
+    watched_.emplace(id, Watched{guest, device, pidfd.get()});
     if (!pidfd) // whoever kept it has thrown it away, for the process was gone
         return tell([this, id] { on_process_gone(id); });
+    poll_process(id);
+}
+
+void Control::poll_process(std::uint64_t watch)
+{
+    const auto watched = watched_.find(watch);
+    if (watched == watched_.end())
+        return;
     io_uring_sqe *entry = uring_.sqe(0);
-    io_uring_prep_poll_add(entry, pidfd.get(), POLLIN);
-    entry->user_data = tag(gone, id);
+    io_uring_prep_poll_add(entry, watched->second.pidfd, POLLIN);
+    entry->user_data = tag(gone, watch);
 }
 
 void Control::unwatch_if(const std::function<bool(const Watched &)> &matches)
@@ -261,7 +269,7 @@ void Control::on_process_gone(std::uint64_t watch)
     const auto watched = watched_.find(watch);
     if (watched == watched_.end())
         return;
-    const auto [token, id] = watched->second;
+    const auto [token, id, pidfd] = watched->second;
     watched_.erase(watched);
     const auto found = guests_.find(token);
     if (found == guests_.end())

@@ -29,12 +29,13 @@ class Uring
     // The same, and waits for a completion until the time on CLOCK_MONOTONIC.
     void submit_and_wait(std::uint64_t now_ns, std::uint64_t until_ns);
 
-    // Calls handle(user_data, res, flags) for each completion; true if there were any.
+    // Calls handle(user_data, res, flags) for each completion that is there, at most reaped_at_once; true if there were any. What handle()
+    // brings about, at once perhaps, is for the next call: peers could go on for ever.
     template <class Handle> bool reap(Handle handle)
     {
         bool any = false;
         io_uring_cqe *cqe = nullptr;
-        while (io_uring_peek_cqe(&ring_, &cqe) == 0) {
+        for (unsigned n = 0; n < reaped_at_once && io_uring_peek_cqe(&ring_, &cqe) == 0; ++n) {
             const io_uring_cqe copy = *cqe;
             io_uring_cqe_seen(&ring_, cqe);
             handle(copy.user_data, copy.res, copy.flags);
@@ -44,6 +45,8 @@ class Uring
     }
 
   private:
+    static constexpr unsigned reaped_at_once = 512;
+
     io_uring ring_{};
 };
 

@@ -202,14 +202,15 @@ void Walker::unwatch(std::uint64_t bell)
 
 void Walker::reap()
 {
-    uring_.reap([this](std::uint64_t bell, int result, unsigned flags) {
+    uring_.reap([this](std::uint64_t bell, int /*result*/, unsigned flags) {
         const auto it = bells_.find(bell);
         if (it == bells_.end()) // a call to a peer, or a poll that was cancelled
             return;
         ring(shards_, bell);
         ring(commands_, bell);
-        // A poll that ended by itself (the completion queue overflowed) is made again.
-        if ((flags & IORING_CQE_F_MORE) == 0 && result >= 0)
+        // A poll that ended by itself is made again: the completion queue overflowed, or the kernel had no memory for it. Whatever the
+        // result: a bell that is not polled is a lost wake-up, and one that fails each time costs a look in each round.
+        if ((flags & IORING_CQE_F_MORE) == 0)
             uring_.poll(it->second, bell);
     });
 }
