@@ -32,6 +32,9 @@ enum class Fault {
     unmap_without_grace,    // an unmap replies at once
     unmap_waits_for_room,   // an unmap waits for its consumer instead of answering AGAIN
     enable_without_advance, // enabling tracking leaves the IOTLBs alone
+    cleaned_for_good,       // a device that dies while ENABLE cleans owes no pass
+    epoch_at_submission,    // whether an unmap has an epoch is decided before it begins
+    unmap_passes_enable,    // an unmap of which a slice was not reported goes on where dirt is reported
     no_full_scan_on_death,  // a dead device's half-made summary is trusted
     unmap_ignores_pins,     // an unmap does not wait for pins
     sync_ignores_pins,      // a sync does not wait for pins
@@ -52,6 +55,7 @@ enum class Fault {
     resized_behind_pass,    // a pass goes on though a resize has moved D to where it has been
     break_taken_for_fault,  // a device that finds no entry does not ask whether it is being replaced
     collapse_cuts_leaf,     // a collapse that begins in a leaf makes two of it in the record
+    collapse_goes_on,       // a collapse goes on though dirt is reported again
     naive_collapse,         // the leaves of a table that is collapsed are not read again after the grace
     // restart
     restart_without_advance, // what devices have cached is left alone
@@ -63,6 +67,12 @@ enum class Fault {
     cut_not_noted,           // an unmap that ended for want of room goes on after a restart, behind its marker
     commands_not_recorded,   // a command that is taken is not recorded before it is begun
     no_lock,                 // a guest is taken up though another worker has it
+    present_forgotten,       // which tables have memory is forgotten
+    relinked_at_once,        // a table is linked where devices may have found a leaf, without a grace period
+    collapse_forgotten,      // a collapse that the end of reporting began is not gone on with
+    sync_takes_last_slot,    // a sync leaves no slot for the marker of an unmap that is done again
+    leaf_left_in_part,       // an unmap that finds no room leaves replicas out that a death had taken out
+    destroy_not_ended,       // the rings of an hwpt whose DESTROY had begun are not ended
 };
 
 // A place where a test may step in between two instructions of the protocol, or a process die.
@@ -84,6 +94,7 @@ enum class Fault {
     X(map_leaf_stored)                  \
     X(map_whole)                        \
     X(unmap_staged)                     \
+    X(unmap_replica_taken)              \
     X(unmap_taken_out)                  \
     X(unmap_unlinked)                   \
     X(unmap_marked)                     \
@@ -96,6 +107,8 @@ enum class Fault {
     X(split_limited)                    \
     X(collapse_swapped)                 \
     X(collapse_read)                    \
+    X(collapse_finished)                \
+    X(enable_cleaning)                  \
     X(enable_cleaned)                   \
     X(enable_armed)                     \
     X(command_recorded)                 \
@@ -106,6 +119,8 @@ enum class Fault {
     X(object_stored)                    \
     X(object_recorded)                  \
     X(object_forgotten)                 \
+    X(destroy_noted)                    \
+    X(ring_ended)                       \
     X(death_marked)                     \
     X(restart_begun)                    \
     X(restart_locked)                   \

@@ -49,11 +49,16 @@ template <Format F> class Resizer
     {
     }
 
-    // The owner before may have died in between; the tables are linked again.
+    // The owner before may have died with a table noted and a leaf in its place, or nothing. Devices may have found the leaf: so the
+    // table is linked as after a split, by settle(), once everything is advanced and they are gone.
     void restore()
     {
-        if ((breaking_ & 1) != 0)
-            end_break();
+        for (const std::uint64_t table : slice_.take_unlinked()) {
+            if (how_ == Break::none || fault(Fault::relinked_at_once))
+                tables_.link_parent(table);
+            else
+                begin_link(table);
+        }
     }
 
     // Splits some leaves. What touch(iova, length) is called for is to be advanced; settle() when the grace period has passed. 0, or
@@ -205,16 +210,24 @@ template <Format F> class Resizer
         if (how_ == Break::none) {
             tables_.link_parent(table);
         } else {
-            if (how_ == Break::stall)
-                begin_break();
-            tables_.replace_leaf(table, [this](std::uint64_t seen) { return how_ == Break::stall ? 0 : seen | F::nt; });
-            splits_.push_back(table);
+            begin_link(table);
         }
         point(Point::split_broken);
         if (replicates())
             slice_.relimit(leaf.iova, leaf.end(), lg2);
         point(Point::split_limited);
         return 0;
+    }
+
+    // Takes what is in the table's place from those who will look for it; settle() links the table.
+    void begin_link(std::uint64_t table)
+    {
+        if (how_ == Break::stall)
+            begin_break();
+        tables_.replace_leaf(table, [this](std::uint64_t seen) {
+            return how_ == Break::stall || seen == 0 ? 0 : seen | F::nt; // 0: a map had not linked it yet
+        });
+        splits_.push_back(table);
     }
 
     // ---- collapse ----
@@ -317,6 +330,7 @@ template <Format F> class Resizer
         }
         point(Point::collapse_read);
         tables_.forget(c.table);
+        point(Point::collapse_finished);
     }
 
     struct Found {

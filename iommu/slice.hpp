@@ -67,16 +67,17 @@ template <Format F> class Slice
         record_.for_each([&](const SliceRecord::Found &found) {
             found.whole ? extents_.insert(found.extent) : begun_.push_back(found.extent);
         });
-        tables_.restore();
+        unlinked_ = tables_.restore();
     }
 
     [[nodiscard]] std::uint64_t start() const { return tables_.start(); }
     [[nodiscard]] std::uint64_t end() const { return tables_.end(); }
     [[nodiscard]] const ExtentMap &extents() const { return extents_; }
     [[nodiscard]] SliceTables<F> &tables() { return tables_; }
-    // Is what is dirty reported? Outlives the owner.
-    [[nodiscard]] bool reported() const { return record_.reported(); }
-    void set_reported(bool on) { record_.set_reported(on); }
+    // Tables to which the owner before has left no parent's entry; once.
+    [[nodiscard]] std::vector<std::uint64_t> take_unlinked() { return std::exchange(unlinked_, {}); }
+    // What outlives the owner.
+    [[nodiscard]] SliceRecord &kept() { return record_; }
 
     // Calls visit(Extent) for all that devices may have translations of.
     template <class Visit> void for_each_known(Visit visit) const
@@ -500,6 +501,7 @@ template <Format F> class Slice
     std::uint64_t sizes_;       // bit n: a leaf may have 2^n bytes
     ExtentMap extents_;         // tag: the slot of the record
     std::vector<Extent> begun_; // maps that a restart has interrupted
+    std::vector<std::uint64_t> unlinked_;
 };
 
 } // namespace dirtyring::iommu

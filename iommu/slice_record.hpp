@@ -1,9 +1,10 @@
-// What the owner of a slice must know again after its process has died: which tables are linked, what is mapped, and whether dirt is
-// reported. Kept in memory that outlives the process and that no peer sees.
+// What the owner of a slice must know again after its process has died: which tables are linked, what is mapped, whether dirt is
+// reported, and what it was in the middle of. Kept in memory that outlives the process and that no peer sees.
 //
 //    ┌──────────────────────────────────┐
 //    │ header: extents ever in use,     │
-//    │         reported: 1, dirt is     │  one page
+//    │         reported, collapsing,    │  one page
+//    │         unmarked                 │
 //    │ occupied: a bit for each word    │  whole pages; set before and cleared after the first and last bit of its word
 //    │ linked: a bit for each table     │  whole pages
 //    │ extents: a slot for each         │
@@ -68,6 +69,8 @@ class SliceRecord
     SliceRecord(std::byte *base, const dr_translation_header &h, MakePresent make_present)
         : extents_used_(reinterpret_cast<std::uint64_t *>(base)),
           reported_(reinterpret_cast<std::uint64_t *>(base) + 1),
+          collapsing_(reinterpret_cast<std::uint64_t *>(base) + 2),
+          unmarked_(reinterpret_cast<std::uint64_t *>(base) + 3),
           occupied_(reinterpret_cast<std::uint64_t *>(base + page)),
           linked_(reinterpret_cast<std::uint64_t *>(base + linked_offset(h))),
           extents_(reinterpret_cast<ExtentRecord *>(base + extents_offset(h))), words_(shard_tables(h.slice_lg2) / 64),
@@ -78,6 +81,14 @@ class SliceRecord
     // Devices may set D all the time; it is reported between ENABLE and DISABLE.
     [[nodiscard]] bool reported() const { return *reported_ != 0; }
     void set_reported(bool on) { store(*reported_, on ? 1 : 0); }
+
+    // Leaves are to be collapsed, since reporting has ended.
+    [[nodiscard]] bool collapsing() const { return *collapsing_ != 0; }
+    void set_collapsing(bool on) { store(*collapsing_, on ? 1 : 0); }
+
+    // The epoch of the unmap that may have taken leaves out and has not put its marker yet; 0: there is none.
+    [[nodiscard]] std::uint64_t unmarked() const { return *unmarked_; }
+    void set_unmarked(std::uint64_t epoch) { store(*unmarked_, epoch); }
 
     // ---- tables: one bit for each of the slice's numbers ----
 
@@ -241,6 +252,8 @@ class SliceRecord
 
     std::uint64_t *extents_used_ = nullptr; // slots that may be in use
     std::uint64_t *reported_ = nullptr;
+    std::uint64_t *collapsing_ = nullptr;
+    std::uint64_t *unmarked_ = nullptr;
     std::uint64_t *occupied_ = nullptr;
     std::uint64_t *linked_ = nullptr;
     ExtentRecord *extents_ = nullptr;

@@ -17,6 +17,7 @@
 #include <array>
 #include <atomic>
 #include <bit>
+#include <cassert>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -41,22 +42,28 @@ template <Format F> class SliceTables
     SliceTables(const SliceTables &) = delete;
     SliceTables &operator=(const SliceTables &) = delete;
 
-    // Links again what is noted: the owner before may have died between noting a link and making it, or while it replaced a table by a
-    // leaf.
-    void restore()
+    // Takes up the tables that the owner before has noted: their memory is there. Returns those to which no parent's entry points: it died
+    // between noting a link and making it, or while it replaced a table by a leaf.
+    std::vector<std::uint64_t> restore()
     {
+        std::vector<std::uint64_t> unlinked;
         const std::uint64_t end = words() * 64;
         for (std::uint64_t t = next_linked(first_[top_level - 1], end); t < end; t = next_linked(t + 1, end)) {
+            if (!fault(Fault::present_forgotten))
+                set(present_, t / granule_tables);
             const std::uint64_t link = link_to(t);
             if (const std::uint64_t now = std::atomic_ref(parent_entry(t)).load(std::memory_order_relaxed);
                 now != link && now != F::accessed_table(link)) // A is the devices'
-                link_parent(t);
+                unlinked.push_back(t);
         }
         // A root of this slice's own is always there, and so are those above it, which nobody walks. Their memory is there already.
         for (unsigned level = top_level; level > h_.root_level; --level) {
-            if (const std::uint64_t table = number(start_, level - 1); !linked(table))
+            const std::uint64_t table = number(start_, level - 1);
+            set(present_, table / granule_tables);
+            if (!linked(table))
                 link(table);
         }
+        return unlinked;
     }
 
     [[nodiscard]] std::uint64_t start() const { return start_; }
@@ -143,6 +150,7 @@ template <Format F> class SliceTables
     // The table is as devices shall find it: should the owner die now, the next one links it.
     void note(std::uint64_t table)
     {
+        assert(test(present_, table / granule_tables) || fault(Fault::present_forgotten));
         record_.link(table);
         point(Point::map_table_noted);
         const std::uint64_t large = table / large_page_tables;
@@ -351,9 +359,9 @@ template <Format F> class SliceTables
     Backing backing_;
     SliceRecord &record_;
     std::array<std::uint64_t, top_level + 1> first_{}; // number of the first table of each level
-    Bits present_;                                     // granules whose memory is there
-    Bits large_;                                       // large pages, perhaps
-    std::vector<std::uint64_t> retired_;               // unlinked, perhaps still walked
+    Bits present_; // granules whose memory is there; those of linked tables always, whoever has linked them
+    Bits large_;   // large pages, perhaps
+    std::vector<std::uint64_t> retired_; // unlinked, perhaps still walked
     bool dirtied_ = false;
 };
 

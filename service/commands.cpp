@@ -274,8 +274,9 @@ int Commands::start_unmap(CommandRecord &record)
         return -ENOENT;
     if (!extents.first_in(request.iova, end))
         return empty_ok ? (complete(record, 0, end - request.iova, 0), 0) : -ENOENT;
+    // Whether it is used the shard says that the unmap begins in: an ENABLE may overtake it.
     std::uint64_t epoch = 0;
-    if (route->record->enabled != 0 && route->epochs) {
+    if (route->tracks && route->epochs && (route->record->enabled != 0 || !fault(Fault::epoch_at_submission))) {
         // Counted before it is used: a death in between skips one, and none is used twice.
         record_word(route->record->epoch, route->record->epoch + 1);
         epoch = route->record->epoch & payload_mask;
@@ -514,7 +515,7 @@ void Commands::finish(Command &command)
     std::erase(in_flight_, &command);
     look_again_.set();
     free_.push_back(&command);
-    complete(record, command.result, done, record.epoch);
+    complete(record, command.result, done, (record.note & UnmapNote::marked) != 0 ? record.epoch : 0);
 }
 
 void Commands::complete(CommandRecord &record, int result, std::uint64_t done, std::uint64_t epoch)

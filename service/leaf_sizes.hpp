@@ -24,25 +24,35 @@ template <iommu::Format F> class LeafSizes
     }
 
     // The owner before may have died in between; the slice is restored.
-    void restore() { resizer_.restore(); }
+    void restore(bool reporting)
+    {
+        resizer_.restore();
+        if (reporting)
+            begin_reporting();
+        else if (slice_.kept().collapsing() && !fault(Fault::collapse_forgotten))
+            end_reporting();
+    }
 
     // Dirt is reported from here on, or no more.
     void begin_reporting()
     {
+        if (!fault(Fault::collapse_goes_on))
+            end_background(); // a collapse would widen what is reported
         if (policy_.split != DR_SPLIT_EAGER)
             return;
         slice_.limit_leaves(iommu::granule_lg2);
         background_ = {slice_.start(), slice_.end(), iommu::granule_lg2};
-        collapses_ = false;
     }
     void end_reporting()
     {
+        end_background();
         large_.clear();
         slice_.limit_leaves(slice_.leaf_lg2_max());
         if (!policy_.collapse)
             return;
         background_ = {slice_.start(), slice_.end(), slice_.leaf_lg2_max()};
         collapses_ = true;
+        slice_.kept().set_collapsing(true);
     }
 
     // A leaf was reported.
@@ -60,10 +70,9 @@ template <iommu::Format F> class LeafSizes
         if (!background_) {
             background_ = large_.back();
             large_.pop_back();
-            collapses_ = false;
         }
         if (step(*background_, collapses_, budget) != 0 || background_->over)
-            background_.reset();
+            end_background();
     }
 
     // A step of a split, or a collapse. 0 or -ENOMEM.
@@ -83,6 +92,13 @@ template <iommu::Format F> class LeafSizes
     void settle() { resizer_.settle(); }
 
   private:
+    void end_background()
+    {
+        background_.reset();
+        if (std::exchange(collapses_, false))
+            slice_.kept().set_collapsing(false);
+    }
+
     static constexpr std::size_t large_max = 4096; // dirty leaves that wait to be split; more of them come again
 
     iommu::Slice<F> &slice_;

@@ -75,6 +75,8 @@ template <iommu::Format F> class LeafTaker
             const iommu::Leaf leaf = slice_.find(std::max(at, e->start));
             const bool report = ring != nullptr && slice_.is_dirty(leaf);
             if (report && no_room(*ring, leaf)) {
+                if (!fault(Fault::leaf_left_in_part))
+                    put_back_missing(leaf); // it stays mapped
                 full = true;
                 break;
             }
@@ -95,6 +97,8 @@ template <iommu::Format F> class LeafTaker
                     taken.full = true;
                     return;
                 }
+                if (f.leaf.replicas() > 1)
+                    point(Point::unmap_replica_taken);
             }
             invalidation_.touch(f.leaf.iova, f.leaf.length());
             taken.any = true;
@@ -108,6 +112,17 @@ template <iommu::Format F> class LeafTaker
         const iommu::Extent e = *slice_.extents().first_in(leaf.iova, leaf.end());
         while (n-- > 0)
             std::atomic_ref(leaf.entries[n]).store(slice_.entry_for(e, leaf.iova, leaf.lg2), std::memory_order_seq_cst);
+    }
+
+    // The replicas that a worker before has taken out, each clean or after it had staged the leaf, before it died.
+    void put_back_missing(const iommu::Leaf &leaf)
+    {
+        const iommu::Extent e = *slice_.extents().first_in(leaf.iova, leaf.end());
+        for (unsigned i = 0; i < leaf.replicas(); ++i) {
+            std::uint64_t none = 0;
+            std::atomic_ref(leaf.entries[i])
+                .compare_exchange_strong(none, slice_.entry_for(e, leaf.iova, leaf.lg2), std::memory_order_seq_cst);
+        }
     }
 
     // One entry: as it is seen clean, or after its leaf is staged. False: there is no room for that.

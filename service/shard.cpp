@@ -35,8 +35,11 @@ constexpr std::uint64_t recheck_ns = 200'000;
 constexpr std::uint64_t sweep_at_least_every_ns = 100'000;
 // How often leaves are resized when nobody waits for it.
 constexpr std::uint64_t resize_every_ns = 100'000;
-// A map change in an IOVA ring needs a slot for its marker and leaves these for sync and end.
-constexpr std::uint64_t markers_kept = 2;
+// An unmap in an IOVA ring needs a slot for its marker and leaves these for sync and end.
+constexpr std::uint64_t kept_by_unmap = 2;
+// A sync's marker leaves this one there: should the service die, an unmap that has taken leaves out can put its marker even so. Only such an
+// unmap and the end of the ring take the last slot.
+constexpr std::uint64_t kept_by_sync = 1;
 
 template <iommu::Format F> class ShardOf final : public Shard
 {
@@ -105,6 +108,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (ring_ && ring_->room() > 0) { // nobody does DMA through it any more, so nothing staged has to wait
             ring_->put_marker(DR_MARKER_END, 0);
             publish();
+            point(Point::ring_ended);
         }
         invalidation_.end();
     }
@@ -182,8 +186,9 @@ template <iommu::Format F> class ShardOf final : public Shard
         remove(threads);
         if (tracking_ && !fault(Fault::death_ignores_pins))
             owed_.add(threads, slice_.start(), slice_.end());
-        if (tracking_ && !fault(Fault::no_full_scan_on_death))
-            pass_.begin(true);
+        const bool cleaning = cleaning_ && !fault(Fault::cleaned_for_good);
+        if ((tracking_ || cleaning) && !fault(Fault::no_full_scan_on_death))
+            pass_.begin(true); // D without its summary: reported, or cleaned before any is
         reported_.push_back(std::move(reported));
         if (owed_.empty())
             forget_owed();
@@ -281,11 +286,9 @@ template <iommu::Format F> class ShardOf final : public Shard
     void restore()
     {
         restored_ = true;
-        tracking_ = slice_.reported();
+        tracking_ = slice_.kept().reported();
         tell_devices(); // the owner before may have died in between
-        sizes_.restore();
-        if (tracking_)
-            sizes_.begin_reporting();
+        sizes_.restore(tracking_);
         std::atomic_ref(control_->asleep).store(DR_AWAKE, std::memory_order_seq_cst);
         if (fault(Fault::restart_opens_early))
             ops_.restore();
@@ -380,7 +383,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     [[nodiscard]] bool waits_for_consumer()
     {
         if (!syncs_.empty() && syncs_.front().phase == SyncPhase::marker)
-            return ring_->room() == 0;
+            return !has_room_for_sync();
         if (pass_.running())
             return ring_->slots_for_runs() == 0;
         return tracking_ && !sync_can_go() && min_interval_ns_ == 0 && !pace_allows();
@@ -435,6 +438,12 @@ template <iommu::Format F> class ShardOf final : public Shard
                pins.passed(ops_.devices(), budget) || !pins.sampled(ops_.devices());
     }
 
+    [[nodiscard]] bool has_room_for_sync()
+    {
+        const bool keeps = !ring_->oa_space() && !fault(Fault::sync_takes_last_slot);
+        return ring_->room() > (keeps ? kept_by_sync : 0);
+    }
+
     void enter_phase(SyncPhase phase)
     {
         syncs_.front().phase = phase;
@@ -469,7 +478,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             sync.phase = SyncPhase::marker;
             [[fallthrough]];
         case SyncPhase::marker:
-            if (ring_->room() == 0)
+            if (!has_room_for_sync())
                 return publish();
             ring_->put_marker(DR_MARKER_SYNC, sync.op->cookie);
             // Release, for the restart that reads it: the marker is staged. Others' bits are in it, so a fetch_or.
@@ -491,7 +500,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     bool run(ShardOp &op)
     {
         if (ops_.begin())
-            took_out_ = op.again;
+            took_out_ = op.epoch != 0 && slice_.kept().unmarked() == op.epoch;
         switch (op.kind) {
         case ShardOp::Kind::map:
             run_map(op);
@@ -564,25 +573,42 @@ template <iommu::Format F> class ShardOf final : public Shard
         finish(op, 0);
     }
 
+    // Does it put markers? An ENABLE may overtake an unmap that waits for pins, or come between two of its parts.
+    bool is_marked(ShardOp &op)
+    {
+        if (op.epoch == 0)
+            return false;
+        if ((*op.note & UnmapNote::decided) == 0) // release: a restart that finds anything taken out finds this
+            std::atomic_ref(*op.note).store(UnmapNote::decided | (tracking_ ? UnmapNote::marked : 0),
+                                            std::memory_order_release);
+        return (*op.note & UnmapNote::marked) != 0;
+    }
+
     void run_unmap(ShardOp &op)
     {
-        const bool mark = ring_ && !ring_->oa_space() && op.epoch != 0;
-        // Before a restart it may have come to its end, for want of room perhaps: then its marker may be there, and nothing more that
-        // it takes out may come behind.
-        const bool cut = mark && op.again && op.start < *op.note && *op.note < op.end;
-        const std::uint64_t end = cut ? *op.note : op.end;
+        const bool mark = is_marked(op);
+        slice_.part(op.start);
+        if (op.epoch != 0 && !mark && tracking_ && !fault(Fault::unmap_passes_enable))
+            return end_before_reporting(op);
+        // Before a restart it may have come to its end for want of room: then its marker may be there, and nothing more that it takes out
+        // may come behind.
+        const std::uint64_t noted = mark && op.again ? *op.note & UnmapNote::cut_mask : 0;
+        const bool cut = op.start < noted && noted < op.end;
+        const std::uint64_t end = cut ? noted : op.end;
         const int result = cut ? -EAGAIN : 0;
         if (op.again && !slice_.extents().first_in(op.reached, end)) {
             op.reached = end;
             return finish(op, result); // what was taken out is forgotten after the marker
         }
-        slice_.part(op.start);
         const bool report = ring_ && tracking_ && op.harvest != ShardOp::Harvest::discard;
         if (fault(Fault::unmap_waits_for_room) && ring_ && ring_->slots_for_runs() == 0)
             return;
-        if (mark && op.reached == op.start && ring_->room() <= markers_kept) {
-            publish();
-            return finish(op, -EAGAIN);
+        if (mark && !took_out_) {
+            if (ring_->room() <= kept_by_unmap) {
+                publish();
+                return finish(op, -EAGAIN);
+            }
+            slice_.kept().set_unmarked(op.epoch);
         }
 
         const std::uint64_t from = op.reached;
@@ -595,9 +621,10 @@ template <iommu::Format F> class ShardOf final : public Shard
         slice_.reclaim(op.start, op.reached);
         touch_retired();
         if (taken.full && mark && op.reached > op.start && !fault(Fault::cut_not_noted))
-            std::atomic_ref(*op.note).store(op.reached,
+            std::atomic_ref(*op.note).store(UnmapNote::decided | UnmapNote::marked | op.reached,
                                             std::memory_order_release); // for the restart, before the marker
-        if (over && mark && took_out_ && op.reached > op.start) {
+        // Without room it is there already: a worker before has put it into the slot that is kept, and died.
+        if (over && mark && took_out_ && op.reached > op.start && ring_->room() > 0) {
             ring_->put_marker(DR_MARKER_EPOCH, op.epoch);
             point(Point::unmap_marked);
         }
@@ -606,8 +633,19 @@ template <iommu::Format F> class ShardOf final : public Shard
         point(Point::unmap_advanced);
         slice_.forget(from, op.reached);
         extents_changed();
-        if (over)
-            finish(op, taken.full ? -EAGAIN : result);
+        if (!over)
+            return;
+        if (mark)
+            slice_.kept().set_unmarked(0);
+        finish(op, taken.full ? -EAGAIN : result);
+    }
+
+    // What it has taken out so far was not reported and has no marker; what it would take out now is. Another unmap does that.
+    void end_before_reporting(ShardOp &op)
+    {
+        const auto left = slice_.extents().first_in(op.reached, op.end);
+        op.reached = left ? std::max(left->start, op.reached) : op.end;
+        finish(op, left ? -EAGAIN : 0);
     }
 
     void run_resize(ShardOp &op)
@@ -639,6 +677,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         unsigned budget = visit_lines;
         for (auto tables = pass_.next(slice_, budget); !tables.empty(); tables = pass_.next(slice_, budget))
             batch_.clean(tables);
+        point(Point::enable_cleaning);
         if (pass_.running())
             return;
         cleaning_ = false;
@@ -675,7 +714,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     void set_tracking(bool on)
     {
         tracking_ = on;
-        slice_.set_reported(on);
+        slice_.kept().set_reported(on);
         tell_devices();
     }
 

@@ -24,6 +24,15 @@
 
 namespace dirtyring::service {
 
+// What an unmap in IOVA space leaves in ShardOp::note, for its parts in other slices and for a restart. Its first part decides, before it
+// takes anything out: if dirt is reported then, each part puts a marker, else none does, and the unmap ends where it meets reporting.
+struct UnmapNote {
+    static constexpr std::uint64_t decided = 1u << 0;
+    static constexpr std::uint64_t marked = 1u << 1;
+    static constexpr std::uint64_t cut_mask =
+        ~std::uint64_t{DR_PAGE - 1}; // IOVA where it ended for want of room; 0: it did not
+};
+
 // What is asked of a shard. Stays with the caller, who gets it back through done().
 struct ShardOp {
     enum class Kind { map, unmap, sync, enable, disable, split, collapse };
@@ -39,11 +48,10 @@ struct ShardOp {
     std::uint64_t oa = 0;     // map
     unsigned leaf_lg2 = 0;    // split, collapse
     std::uint64_t cookie = 0; // sync
-    std::uint64_t epoch = 0;  // unmap: for the marker, which is put if anything was taken out; 0: none
+    std::uint64_t epoch = 0;  // unmap: for the marker, which is put if it is marked and anything was taken out; 0: none
     bool continues = false;   // map: it goes on from the slice before
     bool again = false;       // a restart does it again: some of it may have been done
-    // Outlives the service. unmap: it ended at this IOVA for want of room, and its marker says so (0: it did not). sync: a bit for each
-    // shard whose marker is staged.
+    // Outlives the service. unmap with an epoch: see UnmapNote. sync: a bit for each shard whose marker is staged.
     std::uint64_t *note = nullptr;
 
     int result = 0;            // 0 or -errno

@@ -183,6 +183,8 @@ class PlayedShard final : public Shard
         return op.kind == ShardOp::Kind::enable || op.kind == ShardOp::Kind::disable;
     }
 
+    static bool marks(const ShardOp &op) { return op.epoch != 0 && (*op.note & UnmapNote::marked) != 0; }
+
     void complain(const char *what) { complaints_.emplace_back(what); }
 
     std::optional<SliceRecord::Found> first_in(std::uint64_t start, std::uint64_t end) const
@@ -269,13 +271,19 @@ class PlayedShard final : public Shard
                 complain("a map is cut in two");
             if (there && there->continues)
                 record_.part(there->extent.tag);
+            if (op.epoch != 0 && (*op.note & UnmapNote::decided) == 0)
+                *op.note = UnmapNote::decided | (memory_.armed ? UnmapNote::marked : 0);
             job.begun = true;
-            return false;
+            if (op.epoch == 0 || marks(op) || !memory_.armed)
+                return false;
+            op.reached = there ? there->extent.start : op.end; // a part before was not reported, this one would be
+            op.result = there ? -EAGAIN : 0;
+            return true;
         }
         const Marker marker{DR_MARKER_EPOCH, op.epoch};
         if (!there) {
             op.reached = op.end;
-            return op.epoch == 0 || (!job.took_out && !op.again) ? true : mark(job, marker);
+            return !marks(op) || (!job.took_out && !op.again) ? true : mark(job, marker);
         }
         if (there->extent.end > op.end)
             complain("a map is cut in two");
@@ -284,7 +292,7 @@ class PlayedShard final : public Shard
         if (chance(random_, 8)) {
             op.result = -EAGAIN;
             op.reached = there->extent.start;
-            if (op.epoch != 0 && (job.took_out || op.again))
+            if (marks(op) && (job.took_out || op.again))
                 memory_.ring.push_back(marker);
             return true;
         }

@@ -187,6 +187,57 @@ Outcome died_before_summary()
     return judge(rig);
 }
 
+// The same while ENABLE cleans, where devices mark all the time: the cleaning has passed the page.
+Outcome died_while_enable_cleans()
+{
+    struct Death {
+    };
+    Rig rig({.always_on = true, .leaf_lg2_max = 12, .memory = 256 * MiB});
+    EXPECT_EQ(rig.map(0, 128 * MiB, 0), 0);
+    const Op &enable = rig.submit(0, OpKind::enable);
+    rig.step();
+    EXPECT_FALSE(enable.over());
+    {
+        const Hook hook(Point::device_between_dirty_and_summary, [] { throw Death{}; });
+        EXPECT_THROW(rig.write(0, page0, page_size), Death);
+    }
+    rig.bury(0);
+    EXPECT_TRUE(rig.run(enable));
+    rig.copy_all();
+    rig.write(1, page0, page_size);
+    return judge(rig);
+}
+
+// An unmap of two slices in IOVA space. Its first part is done before dirt is reported, an ENABLE and a write come, then its second part; the
+// VMM maps something else there before it reads the run.
+Outcome enabled_between_two_parts()
+{
+    Rig rig({.shards = 2, .leaf_lg2_max = 12, .space = DR_SPACE_IOVA});
+    const std::uint64_t border = 1ull << rig.geometry.slice_lg2;
+    EXPECT_EQ(rig.map(border - page_size, 2 * page_size, 0), 0);
+    const Op &first = rig.submit_unmap(border - page_size, page_size);
+    EXPECT_TRUE(rig.run(first));
+    EXPECT_EQ(first.told_epoch(), 0u);
+    rig.note_unmapped(first);
+    EXPECT_EQ(rig.enable(), 0);
+    rig.write(0, border, page_size);
+
+    Op &second = rig.submit_unmap(border, page_size);
+    second.note = first.note;
+    EXPECT_TRUE(rig.run(second, false));
+    rig.note_unmapped(second);
+    if (second.result == -EAGAIN) {
+        const Op &rest = rig.submit_unmap(border, page_size);
+        EXPECT_TRUE(rig.run(rest, false));
+        EXPECT_EQ(rest.result, 0);
+        rig.note_unmapped(rest);
+    }
+    const Op &map = rig.submit_map(border, page_size, 7 * page_size);
+    EXPECT_TRUE(rig.run(map, false));
+    rig.note_mapped(map);
+    return judge(rig);
+}
+
 // A device is stopped in the middle of its DMA; the VMM would like to be rid of it before its last sync. Who detaches
 // (the control plane, here the test) must not.
 Outcome stopped_device_detached()
@@ -330,6 +381,10 @@ Control control(Fault fault)
         return {fault, "enable_without_advance", cached_before_enable};
     case Fault::no_full_scan_on_death:
         return {fault, "no_full_scan_on_death", died_before_summary};
+    case Fault::cleaned_for_good:
+        return {fault, "cleaned_for_good", died_while_enable_cleans};
+    case Fault::unmap_passes_enable:
+        return {fault, "unmap_passes_enable", enabled_between_two_parts};
     case Fault::detach_stopped:
         return {fault, "detach_stopped", stopped_device_detached};
     case Fault::no_want_kick:
@@ -352,18 +407,26 @@ Control control(Fault fault)
     case Fault::break_taken_for_fault:
     case Fault::collapse_cuts_leaf:
     case Fault::naive_collapse:
+    case Fault::collapse_goes_on:
         return {fault, "resize_test", nullptr};
     case Fault::death_skips_begun:
     case Fault::take_before_stage:
     case Fault::restart_opens_early:
     case Fault::restart_without_call:
     case Fault::sync_marks_again:
+    case Fault::present_forgotten:
+    case Fault::relinked_at_once:
+    case Fault::collapse_forgotten:
+    case Fault::sync_takes_last_slot:
+    case Fault::leaf_left_in_part:
         return {fault, "restart_test", nullptr};
     case Fault::commands_not_recorded:
         return {fault, "command_journal_test", nullptr};
     case Fault::nap_ignores_bell:
         return {fault, "walker_test", nullptr};
     case Fault::no_lock:
+    case Fault::destroy_not_ended:
+    case Fault::epoch_at_submission:
         return {fault, "service_restart_test", nullptr};
     }
     return {Fault::none, "none", nullptr};

@@ -555,5 +555,26 @@ TEST_P(Resize, SplitsEagerlyThroughARestart)
     EXPECT_EQ(rig.lost(), 0u);
 }
 
+// Dirt is reported again while the leaves of the time before are being collapsed: what is small stays so. log2 of the leaf.
+unsigned leaf_when_enabled_again()
+{
+    Rig rig({.collapse = true, .memory = 256 * MiB});
+    static_cast<void>(rig.map(0, 256 * MiB, 0));
+    static_cast<void>(rig.enable());
+    EXPECT_EQ(rig.split(0, 256 * MiB, 12), 0);
+    EXPECT_EQ(rig.disable(), 0);
+    EXPECT_EQ(rig.enable(), 0);
+    for (unsigned i = 0; i < 2000; ++i)
+        rig.step();
+    return rig.leaf_lg2(256 * MiB - P);
+}
+
+TEST(Collapse, EndsWhenDirtIsReportedAgain)
+{
+    EXPECT_EQ(leaf_when_enabled_again(), 12u);
+    const Breaking breaking(Fault::collapse_goes_on);
+    EXPECT_EQ(leaf_when_enabled_again(), 21u);
+}
+
 } // namespace
 } // namespace dirtyring::test

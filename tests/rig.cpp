@@ -284,7 +284,7 @@ void Rig::note_mapped(const Op &op)
 void Rig::note_unmapped(const Op &op)
 {
     ioas.erase(op.start, op.reached);
-    retained_.unmapped(op.start, op.reached - op.start, op.epoch);
+    retained_.unmapped(op.start, op.reached - op.start, op.told_epoch());
 }
 
 bool Rig::run(const Op &op, bool draining)

@@ -50,6 +50,8 @@ struct Op final : service::ShardOp {
     Op(const Op &) = delete;
     void done() override { finished.store(true, std::memory_order_release); }
     [[nodiscard]] bool over() const { return finished.load(std::memory_order_acquire); }
+    // Of the completion of an unmap.
+    [[nodiscard]] std::uint64_t told_epoch() const { return (*note & service::UnmapNote::marked) != 0 ? epoch : 0; }
     std::atomic<bool> finished{false};
     unsigned shard = 0;
     std::uint64_t note_word = 0;

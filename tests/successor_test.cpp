@@ -1,0 +1,217 @@
+// What the successor of a shard's owner must know beyond leaves: which tables have memory, what was half linked, which marker is due, what
+// went on in the background.
+#include "tests/death_at.hpp"
+#include "tests/hook.hpp"
+#include "tests/rig.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cerrno>
+
+namespace dirtyring::test {
+namespace {
+
+constexpr std::uint64_t P = page_size;
+
+class Successor : public testing::TestWithParam<unsigned>
+{
+};
+INSTANTIATE_TEST_SUITE_P(Formats, Successor,
+                         testing::Values(iommu::AmdV1::id, iommu::VtdSs::id, iommu::SmmuV3S2::id, iommu::SmmuV3S1::id));
+
+// The lowest tables of a GiB, but for the last, are linked by one owner, the last by another, which asks for a large page. Pages lost, and
+// faults, when what may be given back was.
+std::uint64_t lost_when_made_large(unsigned format)
+{
+    Rig rig({.format = format, .leaf_lg2_max = 12, .memory = GiB});
+    EXPECT_EQ(rig.map(0, GiB - 2 * MiB, 0), 0);
+    EXPECT_EQ(rig.enable(), 0);
+    rig.restart();
+    rig.settle();
+    rig.drain();
+    EXPECT_EQ(rig.map(GiB - 2 * MiB, 2 * MiB, GiB - 2 * MiB), 0);
+    EXPECT_EQ(rig.large_tables().size(), 1u);
+    EXPECT_EQ(rig.write(0, 3 * P, 8).reason, iommu::FaultReason::none);
+    rig.shard().made_large(rig.large_tables().front());
+    const bool faults = rig.write(1, 4 * P, 8).reason != iommu::FaultReason::none;
+    EXPECT_EQ(rig.sync(), 0);
+    return rig.lost() + (faults ? 1 : 0);
+}
+
+TEST_P(Successor, KnowsWhichTablesHaveMemory)
+{
+    EXPECT_EQ(lost_when_made_large(GetParam()), 0u);
+    const Breaking breaking(Fault::present_forgotten);
+    EXPECT_GT(lost_when_made_large(GetParam()), 0u);
+}
+
+// What a table keeps once it has been unmapped goes: the successor holds on to what is linked only.
+TEST_P(Successor, GivesBackWhatIsUnmapped)
+{
+    Rig rig({.format = GetParam(), .leaf_lg2_max = 12, .memory = GiB});
+    ASSERT_EQ(rig.map(0, 512 * MiB, 0), 0);
+    ASSERT_EQ(rig.map(512 * MiB, 256 * MiB, 512 * MiB), 0);
+    const std::uint64_t before = rig.tables_bytes();
+    rig.restart();
+    rig.settle();
+    ASSERT_EQ(rig.unmap(512 * MiB, 256 * MiB), 0);
+    EXPECT_LE(rig.tables_bytes() + 128 * 4 * KiB, before);
+}
+
+// ---- break-before-make --------------------------------------------------------------------------------------------------
+
+struct Broken {
+    OpKind kind;
+    Point dies_at;
+    iommu::Break how;
+};
+
+// The owner dies while a leaf of 2 MiB and a table take each other's place; a device is in a section in which it may have found the leaf.
+// True: the successor lets the table be found while it is.
+bool table_appears_too_early(const Broken &broken)
+{
+    Rig rig({.format = iommu::SmmuV3S2::id, .how = broken.how, .memory = 8 * MiB});
+    EXPECT_EQ(rig.map(0, 4 * MiB, 0), 0);
+    EXPECT_EQ(rig.enable(), 0);
+    if (broken.kind == OpKind::collapse) {
+        EXPECT_EQ(rig.split(0, 4 * MiB, 12), 0);
+    }
+    static_cast<void>(rig.submit_resize(broken.kind, 0, 4 * MiB, broken.kind == OpKind::collapse ? 21 : 12));
+    DeathAt death(broken.dies_at, 1);
+    for (unsigned i = 0; i < 1000 && !death.came(); ++i) {
+        try {
+            rig.step();
+        } catch (const Death &) {
+            break;
+        }
+    }
+    at_point = nullptr;
+    rig.device(1).enter();
+    rig.restart();
+    for (unsigned i = 0; i < 10; ++i)
+        rig.step();
+    const iommu::Entry found = rig.decode(*rig.entry(0, 1), 1);
+    static_cast<void>(rig.device(1).leave());
+    EXPECT_TRUE(rig.settle());
+    EXPECT_NE(rig.translates_to(5 * P), UINT64_MAX);
+    EXPECT_EQ(rig.read(0, 5 * P, 8).reason, iommu::FaultReason::none);
+    rig.write(0, 5 * P, 8);
+    EXPECT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
+    return found.kind == iommu::EntryKind::table;
+}
+
+TEST(SuccessorOfABreak, LinksNoTableWhereALeafMayBeCached)
+{
+    for (const iommu::Break how : {iommu::Break::stall, iommu::Break::not_cached}) {
+        for (const Broken &broken :
+             {Broken{OpKind::split, Point::map_table_noted, how}, Broken{OpKind::split, Point::split_broken, how},
+              Broken{OpKind::collapse, Point::collapse_swapped, how},
+              Broken{OpKind::collapse, Point::collapse_read, how}}) {
+            EXPECT_FALSE(table_appears_too_early(broken)) << static_cast<int>(broken.dies_at);
+            const Breaking breaking(Fault::relinked_at_once);
+            EXPECT_TRUE(table_appears_too_early(broken)) << static_cast<int>(broken.dies_at);
+        }
+    }
+}
+
+// ---- unmaps that are done again -------------------------------------------------------------------------------------------
+
+// An unmap has taken leaves out and its owner dies. Its command has a part in another slice, which comes first, so the syncs that were
+// under way find room for their markers before it goes on. Is its marker there when it is over?
+bool marker_is_there()
+{
+    Rig rig({.leaf_lg2_max = 12, .space = DR_SPACE_IOVA, .capacity = 8});
+    EXPECT_EQ(rig.map(0, MiB / 2, 0), 0);
+    EXPECT_EQ(rig.map(MiB / 2, MiB / 2, MiB / 2), 0);
+    EXPECT_EQ(rig.enable(), 0);
+    for (std::uint64_t i = 0; i < 4; ++i) // runs take all slots that are theirs
+        rig.write(0, 2 * i * P, 8);
+    EXPECT_TRUE(rig.settle());
+    Op &unmap = rig.submit_unmap(MiB / 2, MiB / 2);
+    rig.deliver = [&](Op &op) {
+        if (&op != &unmap)
+            rig.shard().submit(op);
+    };
+    DeathAt death(Point::unmap_taken_out, 1);
+    while (!death.came())
+        death.step(rig);
+    std::vector<const Op *> syncs;
+    for (unsigned i = 0; i < 4; ++i)
+        syncs.push_back(&rig.submit(0, OpKind::sync));
+    rig.settle();
+    rig.shard().submit(unmap);
+    EXPECT_TRUE(rig.run(unmap, false));
+    EXPECT_EQ(unmap.result, 0);
+    EXPECT_EQ(unmap.reached, unmap.end);
+    EXPECT_TRUE(rig.run(*syncs.back()));
+    rig.drain();
+    return rig.state().passed == unmap.told_epoch();
+}
+
+TEST(SuccessorOfAnUnmap, HasASlotForItsMarker)
+{
+    EXPECT_TRUE(marker_is_there());
+    const Breaking breaking(Fault::sync_takes_last_slot);
+    EXPECT_FALSE(marker_is_there());
+}
+
+// The owner dies with some replicas of a leaf taken out; when the unmap is done again the leaf is dirty, and there is no room. True: the VMM is
+// told that it is mapped, and it is.
+bool leaf_is_whole_again()
+{
+    Rig rig({.all_sizes = true, .capacity = 8});
+    EXPECT_EQ(rig.map(64 * KiB, 64 * KiB, 64 * KiB), 0);
+    for (std::uint64_t i = 0; i < 4; ++i)
+        EXPECT_EQ(rig.map(4 * MiB + 2 * i * P, P, MiB + 2 * i * P), 0);
+    EXPECT_EQ(rig.enable(), 0);
+    const Op &unmap = rig.submit_unmap(64 * KiB, 64 * KiB);
+    DeathAt death(Point::unmap_replica_taken, 2);
+    while (!death.came()) {
+        death.step(rig);
+        EXPECT_FALSE(unmap.over());
+    }
+    for (std::uint64_t i = 0; i < 4; ++i)
+        rig.write(0, 4 * MiB + 2 * i * P, 8);
+    rig.deliver = [](Op &) {};
+    rig.restart(); // and sweeps before it hears of the unmap
+    rig.settle();
+    EXPECT_EQ(rig.write(0, 64 * KiB + 8 * P, 8).reason, iommu::FaultReason::none);
+    rig.shard().submit(const_cast<Op &>(unmap));
+    EXPECT_TRUE(rig.run(unmap, false));
+    EXPECT_EQ(unmap.result, -EAGAIN);
+    EXPECT_EQ(unmap.reached, unmap.start);
+    return rig.read(1, 64 * KiB, 8).reason == iommu::FaultReason::none;
+}
+
+TEST(SuccessorOfAnUnmap, PutsBackReplicasOfALeafThatStays)
+{
+    EXPECT_TRUE(leaf_is_whole_again());
+    const Breaking breaking(Fault::leaf_left_in_part);
+    EXPECT_FALSE(leaf_is_whole_again());
+}
+
+// ---- the background -----------------------------------------------------------------------------------------------------
+
+unsigned leaf_after_disable()
+{
+    Rig rig({.collapse = true, .memory = 256 * MiB});
+    EXPECT_EQ(rig.map(0, 256 * MiB, 0), 0);
+    EXPECT_EQ(rig.enable(), 0);
+    EXPECT_EQ(rig.split(0, 256 * MiB, 12), 0);
+    EXPECT_EQ(rig.disable(), 0);
+    rig.restart();
+    for (unsigned i = 0; i < 2000; ++i)
+        rig.step();
+    return rig.leaf_lg2(256 * MiB - P);
+}
+
+TEST(SuccessorOfACollapse, GoesOnWithIt)
+{
+    EXPECT_EQ(leaf_after_disable(), 21u);
+    const Breaking breaking(Fault::collapse_forgotten);
+    EXPECT_EQ(leaf_after_disable(), 12u);
+}
+
+} // namespace
+} // namespace dirtyring::test
