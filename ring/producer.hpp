@@ -71,6 +71,9 @@ template <class Entry> class Producer
     [[nodiscard]] Slots slots() const { return {entries_, staged_, capacity_ - 1}; }
     void put(std::uint64_t ahead, const Entry &entry) { slots().put(ahead, entry); }
 
+    // The entry below `staged`; there has been one.
+    [[nodiscard]] const Entry &last() const { return entries_[(staged_ - 1) & (capacity_ - 1)]; }
+
     // Makes the first n slots past `staged` part of what a restart publishes.
     void stage(std::uint64_t n)
     {

@@ -231,6 +231,7 @@ void Control::destroy(Connection &c)
     // From here on a restart goes through with it.
     record.change(c.header.sequence);
     std::atomic_ref(record.destroyed).store(destroyed, std::memory_order_release);
+    point(Point::destroy_noted);
     const Then done = [this, id = c.id] { reply(id, dr_empty{}); };
     if (hwpt != guest.hwpts.end())
         return destroy_hwpt(c.guest, request.id, done);

@@ -129,12 +129,16 @@ Result<void> Control::take_up(std::uint32_t number)
 Result<void> Control::take_up_hwpts(Guest &guest)
 {
     GuestRecord &record = *guest.record;
-    // What a DESTROY had begun.
+    // What a DESTROY had begun. The slot goes last: as long as there is one, the next worker ends the rings.
     const auto destroyed = static_cast<std::uint32_t>(record.destroyed >> 32);
     if (IoasSlot *slot = slot_of_id(record.ioases, destroyed))
         free_slot_again(*slot);
-    if (HwptSlot *slot = slot_of_id(record.hwpts, destroyed))
+    if (HwptSlot *slot = slot_of_id(record.hwpts, destroyed)) {
+        if (!fault(Fault::destroy_not_ended))
+            RingsLeft(store_, guest.number(), destroyed).end();
         free_slot_again(*slot);
+        point(Point::object_forgotten);
+    }
 
     for (const IoasSlot &slot : record.ioases) {
         if (slot.state == slot_taken)

@@ -26,16 +26,33 @@ bool map_whole(ring::Mapping &map, const ring::Fd &fd)
            map.map(fd.get(), static_cast<std::size_t>(status.st_size), PROT_READ | PROT_WRITE) == 0;
 }
 
-bool mark(const ring::Fd &producer, const ring::Fd &consumer)
+using DirtyRing = ring::Producer<std::uint64_t>;
+
+// Calls with(ring) if the two regions are those of one. False: they are not, or it answered false.
+template <class With> bool with_ring(const ring::Fd &producer, const ring::Fd &consumer, With with)
 {
     ring::Mapping mine;
     ring::Mapping peer;
     if (!map_whole(mine, producer) || !map_whole(peer, consumer))
         return false;
     auto *region = mine.as<dr_ring_producer>();
-    if (!ring::is_producer_region(*region, mine.size(), sizeof(std::uint64_t)))
+    if (!ring::is_producer_region(*region, mine.size(), sizeof(std::uint64_t)) || !ring::has_whole_indices(*region))
         return false;
-    ring::Producer<std::uint64_t> ring(region, peer.as<dr_ring_consumer>());
+    DirtyRing ring(region, peer.as<dr_ring_consumer>());
+    return with(ring);
+}
+
+bool has_ended(const DirtyRing &ring)
+{
+    return ring.staged() > 0 && ring.last() == dr_marker(DR_MARKER_END, 0);
+}
+
+bool mark(DirtyRing &ring)
+{
+    if (has_ended(ring)) { // a service before was about to take leave of this guest
+        static_cast<void>(ring.publish());
+        return true;
+    }
     ring.unstage(); // all of it is dirty
     if (ring.room() == 0)
         return false;
@@ -47,9 +64,24 @@ bool mark(const ring::Fd &producer, const ring::Fd &consumer)
 
 } // namespace
 
-RingsLeft::RingsLeft(const FdStore &store, std::uint32_t guest)
+void end_ring(DirtyRing &ring)
 {
-    const std::string prefix = kept_name('H', guest) + '.';
+    if (!has_ended(ring) && ring.room() > 0) {
+        ring.put(0, dr_marker(DR_MARKER_END, 0));
+        ring.stage(1);
+    }
+    static_cast<void>(ring.publish()); // whoever sleeps is called in any case
+}
+
+RingsLeft::RingsLeft(const FdStore &store, std::uint32_t guest) : RingsLeft(store, kept_name('H', guest) + '.') {}
+
+RingsLeft::RingsLeft(const FdStore &store, std::uint32_t guest, std::uint32_t hwpt)
+    : RingsLeft(store, kept_name('H', guest, hwpt) + '.')
+{
+}
+
+RingsLeft::RingsLeft(const FdStore &store, const std::string &prefix)
+{
     for (const std::string &name : store.names()) {
         if (name.starts_with(prefix)) {
             const std::string rest = name.substr(1);
@@ -60,16 +92,29 @@ RingsLeft::RingsLeft(const FdStore &store, std::uint32_t guest)
 
 unsigned RingsLeft::mark_all_dirty() const
 {
+    return for_each([](DirtyRing &ring) { return mark(ring); });
+}
+
+unsigned RingsLeft::end() const
+{
+    return for_each([](DirtyRing &ring) {
+        end_ring(ring);
+        return true;
+    });
+}
+
+template <class With> unsigned RingsLeft::for_each(With with) const
+{
     Uring calls(64);
-    unsigned marked = 0;
+    unsigned count = 0;
     for (const Ring &r : rings_) {
-        if (!mark(r.producer, r.consumer))
+        if (!with_ring(r.producer, r.consumer, with))
             continue;
-        ++marked;
+        ++count;
         calls.write_eventfd(r.call.get(), 0);
     }
     calls.submit(); // with NOWAIT they are over when it returns
-    return marked;
+    return count;
 }
 
 } // namespace dirtyring::service
