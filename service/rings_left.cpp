@@ -28,7 +28,8 @@ bool map_whole(ring::Mapping &map, const ring::Fd &fd)
 
 using DirtyRing = ring::Producer<std::uint64_t>;
 
-// Calls with(ring) if the two regions are those of one. False: they are not, or it answered false.
+// Calls with(ring) if the two regions are those of one; more staged than there are slots is taken back. False: they are not, or with() says
+// so.
 template <class With> bool with_ring(const ring::Fd &producer, const ring::Fd &consumer, With with)
 {
     ring::Mapping mine;
@@ -36,9 +37,12 @@ template <class With> bool with_ring(const ring::Fd &producer, const ring::Fd &c
     if (!map_whole(mine, producer) || !map_whole(peer, consumer))
         return false;
     auto *region = mine.as<dr_ring_producer>();
-    if (!ring::is_producer_region(*region, mine.size(), sizeof(std::uint64_t)) || !ring::has_whole_indices(*region))
+    if (!ring::is_producer_region(*region, mine.size(), sizeof(std::uint64_t)))
         return false;
+    const bool whole = ring::has_whole_indices(*region);
     DirtyRing ring(region, peer.as<dr_ring_consumer>());
+    if (!whole)
+        ring.unstage();
     return with(ring);
 }
 

@@ -425,9 +425,11 @@ Control control(Fault fault)
     case Fault::nap_ignores_bell:
         return {fault, "walker_test", nullptr};
     case Fault::no_lock:
-    case Fault::destroy_not_ended:
-    case Fault::epoch_at_submission:
         return {fault, "service_restart_test", nullptr};
+    case Fault::destroy_not_ended:
+        return {fault, "service_survival_test", nullptr};
+    case Fault::epoch_at_submission:
+        return {fault, "service_overtaken_test", nullptr};
     }
     return {Fault::none, "none", nullptr};
 }

@@ -1,7 +1,7 @@
 // dirtyringd --supervise whose worker is killed: who had something in the service has it again, once.
-#include "client/migrate/newest_child.hpp"
 #include "iommu/fault.hpp"
 #include "tests/service_peers.hpp"
+#include "tests/supervised.hpp"
 
 #include <linux/kcmp.h>
 #include <sys/stat.h>
@@ -12,88 +12,6 @@ namespace dirtyring::test {
 namespace {
 
 using testing::HasSubstr;
-
-std::size_t count(const std::string &text, const std::string &word)
-{
-    std::size_t n = 0;
-    for (std::size_t at = 0; (at = text.find(word, at)) != std::string::npos; at += word.size())
-        ++n;
-    return n;
-}
-
-// A supervisor and its worker.
-class Supervised : public Daemon
-{
-  public:
-    explicit Supervised(std::vector<std::string> options = {}, const std::function<void()> &in_child = {},
-                        const char *program = DIRTYRINGD_PATH)
-        : Daemon(supervise(std::move(options)), in_child, program)
-    {
-        EXPECT_TRUE(comes_true([this] { return count(said(), " was ready after ") == 1; })) << said();
-        idle_ = process().descriptors();
-    }
-
-    [[nodiscard]] pid_t worker() const { return migrate::newest_child(process().pid()); }
-    [[nodiscard]] std::size_t lives() const { return count(said(), " was ready after "); }
-
-    void wait_for_life(std::size_t n) const
-    {
-        EXPECT_TRUE(comes_true([&] { return lives() >= n; })) << said();
-    }
-    void kill_worker() const
-    {
-        const std::size_t next = lives() + 1;
-        ::kill(worker(), SIGKILL);
-        wait_for_life(next);
-    }
-    // While no worker lives; then the next one comes.
-    void kill_worker_and(const std::function<void()> &meanwhile)
-    {
-        const std::size_t next = lives() + 1;
-        const pid_t dead = worker();
-        process().signal(SIGSTOP);
-        ::kill(dead, SIGKILL);
-        const std::string stat = "/proc/" + std::to_string(dead) + "/stat";
-        EXPECT_TRUE(comes_true([&] {
-            std::ifstream file(stat);
-            const std::string all{std::istreambuf_iterator<char>(file), {}};
-            return all.empty() || all.find(") Z") != std::string::npos;
-        }));
-        meanwhile();
-        process().signal(SIGCONT);
-        wait_for_life(next);
-    }
-
-    // The supervisor holds nothing for a guest any more.
-    void expect_empty_store() const
-    {
-        EXPECT_TRUE(comes_true([this] { return process().descriptors() == idle_; }))
-            << process().descriptors() << " descriptors, expected " << idle_ << "\n"
-            << said();
-    }
-    [[nodiscard]] bool holds_something() const { return process().descriptors() > idle_; }
-
-    // The supervisor's descriptors of files of such a name.
-    [[nodiscard]] std::vector<int> numbers(const std::string &file) const
-    {
-        std::vector<int> all;
-        for (const auto &entry : std::filesystem::directory_iterator(process().proc("fd"))) {
-            std::error_code error;
-            if (std::filesystem::read_symlink(entry.path(), error).string().find(file) != std::string::npos)
-                all.push_back(std::stoi(entry.path().filename()));
-        }
-        return all;
-    }
-
-  private:
-    static std::vector<std::string> supervise(std::vector<std::string> options)
-    {
-        options.emplace_back("--supervise");
-        return options;
-    }
-
-    std::size_t idle_ = 0;
-};
 
 // Peers that repeat a request when the service dies before it replies.
 class RawGuestThatRepeats : public Peer
@@ -609,12 +527,7 @@ TEST_P(ServiceDeath, IsOverlooked)
     const std::string once = directory.path() + "/died";
     {
         Supervised daemon(
-            {},
-            [&] {
-                ::setenv("DIRTYRING_DIE_AT", GetParam(), 1);
-                ::setenv("DIRTYRING_DIE_ONCE", once.c_str(), 1);
-            },
-            DIRTYRINGD_FAULTY_PATH);
+            {}, [&] { die_once_at(GetParam(), once); }, DIRTYRINGD_FAULTY_PATH);
         RawGuestThatRepeats guest(daemon);
         const Fd memory = memory_file(page);
         guest.ask(DR_MEMORY_ADD, dr_memory_region{0, 0, 0, page, 0}, {memory.get()});
@@ -646,12 +559,7 @@ TEST_P(ServiceDeathInRestart, IsOverlooked)
     const std::string once = directory.path() + "/died";
     {
         Supervised daemon(
-            {},
-            [&] {
-                ::setenv("DIRTYRING_DIE_AT", GetParam(), 1);
-                ::setenv("DIRTYRING_DIE_ONCE", once.c_str(), 1);
-            },
-            DIRTYRINGD_FAULTY_PATH);
+            {}, [&] { die_once_at(GetParam(), once); }, DIRTYRINGD_FAULTY_PATH);
         TrackedGuest guest(daemon);
         const RawRing ring = guest.ring(guest.hwpt);
         daemon.kill_worker();
@@ -747,7 +655,7 @@ class SecondWorker
         const Fd record(need(::open(held.c_str(), O_RDWR | O_CLOEXEC), held));
         process.emplace(std::vector<std::string>{program, "--socket-path", directory_.path() + "/socket"}, [&] {
             ::dup2(record.get(), 3);
-            ::setenv("DIRTYRING_FAULT", std::to_string(static_cast<int>(fault)).c_str(), 1);
+            break_rule(fault);
             ::setenv("LISTEN_FDS", "1", 1);
             ::setenv("LISTEN_FDNAMES", "P1", 1);
             ::setenv("LISTEN_PID", std::to_string(::getpid()).c_str(), 1);

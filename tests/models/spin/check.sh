@@ -82,6 +82,8 @@ what()
     *promised*) echo "refuted: a page is lost, or a pin is not over" ;;
     *need*) echo "refuted: a page is lost" ;;
     *staged* | *sync_done* | 'invalid end state') echo "refuted: a hang" ;;
+    *cached_at*) echo "refuted: two sizes within one grace period" ;;
+    *memory* | *recorded*) echo "refuted: memory in use is given back" ;;
     *oa* | *unmap_done*) echo "refuted: DMA reaches a page that is not its own" ;;
     ?*) echo "refuted: $error" ;;
     *)

@@ -5,6 +5,8 @@
  *       COLLAPSE         a table becomes a large leaf, installed clean; the table's leaves are read after the grace
  * KILLS: how often the service dies. What survives is the record: which size the leaves have. In doubt it has the large one, but for a
  * collapse, where it has the table until its leaves were read; then the restart puts the table back.
+ * BREAK: hardware must not find two sizes within one grace period. Entry 2 is missing until the grace after its advance is over;
+ * meanwhile `breaking` is odd: who finds nothing leaves its section and waits (S8). A restart breaks a half-replaced leaf again.
  */
 #define SPLIT_REPLICAS 1
 #define SPLIT_TABLE 2
@@ -25,7 +27,8 @@
 
 bool kind[3];              /* of entries 0 and 1 (replicas): SMALL or LARGE_LEAF. Of entry 2: a table, or LARGE_LEAF */
 #define MAY_UNMAP
-#define TRANSLATES(l) (kind[l] == walked_kind)     /* the entries of a table that was unlinked stay as they are */
+bool broken;               /* entry 2 is missing, and `breaking` odd */
+#define TRANSLATES(l) (kind[l] == walked_kind && !(l == 2 && broken))    /* the entries of an unlinked table stay */
 
 #include "order.inc"
 #include "kill.inc"
@@ -37,30 +40,69 @@ bool noted;                /* the table, in the private memfd */
 byte staged;               /* pages */
 bool asked, changed;
 
+#if defined(BREAK) && DEVICES == 2
+#define MAY_WRITE(p) (p == d)      /* pages are alike */
+#else
+#define MAY_WRITE(p) true
+#endif
+#ifdef BREAK
+#define UNUSED 2
+byte used[DEVICES] = UNUSED;       /* ghosts: the size that each section goes by, */
+byte cached[DEVICES] = UNUSED;     /* and that each IOTLB has, */
+byte cached_at[DEVICES];           /* of this generation */
+#define OTHER (DEVICES - 1 - d)
+#define ONE_SIZE(size) (DEVICES == 1 || \
+    ((used[OTHER] == UNUSED || used[OTHER] == size) && \
+     (cached_at[OTHER] != generation[0] || cached[OTHER] == size)))
+#endif
+
 proctype Device(byte d)
 {
     byte g, tag, entry, page, writes = WRITES;
     bool mine, faulted, walked_kind, wide;
     do
     :: writes == 0 -> break
-    :: atomic { writes > 0 -> writes--; if :: at[d] = 0 :: at[d] = 1 fi; enter(d) };
+    :: atomic { writes > 0 -> writes--; if :: MAY_WRITE(0) -> at[d] = 0 :: MAY_WRITE(1) -> at[d] = 1 fi; enter(d) };
        g = generation[0];                                      /* S3 */
        if
        :: tag == g && (wide || page == at[d])                  /* D was set by us */
+#ifdef BREAK
+          -> used[d] = wide
+#endif
        :: else ->
           do
           :: faulted = false;
              if
              :: REPLICATED -> atomic { entry = at[d]; walked_kind = kind[entry]; wide = walked_kind }
+#ifdef BREAK
+             :: broken -> atomic { leave(d); used[d] = UNUSED }; !broken; enter(d); g = generation[0]; faulted = true
+             :: atomic {
+                    !broken -> wide = kind[2]; walked_kind = wide; entry = (wide -> 2 : at[d]);
+                    assert(ONE_SIZE(wide)); used[d] = wide
+                }
+#else
              :: else -> atomic { wide = kind[2]; walked_kind = wide; entry = (wide -> 2 : at[d]) }
+#endif
              fi;
-             mark(d, entry);                                   /* in a replica: that of the page that was walked for */
+             if
+             :: !faulted -> mark(d, entry)                     /* in a replica: that of the page that was walked for */
+             :: else
+             fi;
              if :: faulted :: else -> break fi                 /* it has changed: walk again */
           od;
+#ifdef BREAK
+          atomic { tag = g; page = at[d]; cached[d] = wide; cached_at[d] = g }
+#else
           atomic { tag = g; page = at[d] }
+#endif
        fi;
        write_data(d);
-       atomic { leave(d); at[d] = 0; g = 0; mine = false; entry = 0; walked_kind = 0 }
+       atomic {
+           leave(d); at[d] = 0; g = 0; mine = false; entry = 0; walked_kind = 0
+#ifdef BREAK
+           ; used[d] = UNUSED
+#endif
+       }
     od
 }
 
@@ -107,16 +149,27 @@ inline spread()
     dirty[0] = true; dirty[1] = true; pend = ALL_LINES
 }
 
+#ifdef BREAK
+#define GONE broken = true
+#else
+#define GONE kind[2] = SMALL
+#endif
 /* The table in the place of the leaf: D in its leaves if the large one has it, then compare-and-swap; if that fails, D in all of them. */
 inline put_table()
 {
     batched = dirty[2];
     if :: batched -> spread() :: else fi;
     if
-    :: atomic { dirty[2] == batched -> dirty[2] = false; kind[2] = SMALL }
-    :: else -> spread(); d_step { dirty[2] = false; kind[2] = SMALL }
+    :: atomic { dirty[2] == batched -> dirty[2] = false; GONE }
+    :: else -> spread(); d_step { dirty[2] = false; GONE }
     fi;
     batched = 0
+}
+
+/* The grace has passed: the table is linked. */
+inline link_table()
+{
+    d_step { if :: broken -> kind[2] = SMALL; broken = false :: else fi }
 }
 
 inline change()
@@ -147,19 +200,28 @@ inline change()
 #ifdef NAIVE_COLLAPSE
        batched = dirty[0]; batched = batched || dirty[1];
 #endif
+#ifdef BREAK
+       broken = true;
+#else
        d_step { dirty[2] = batched; kind[2] = LARGE_LEAF };
+#endif
        batched = 0
     fi;
     generation[0]++;                                           /* S3 */
     grace();
     if
     :: KIND == COLLAPSE ->
-#ifndef NAIVE_COLLAPSE
+#ifdef BREAK
+       batched = dirty[0] || dirty[1];
+       d_step { dirty[2] = false; kind[2] = LARGE_LEAF; broken = false };
+       if :: batched -> dirty[2] = true; pend = ALL_LINES :: else fi;
+       batched = 0;
+#elif !defined(NAIVE_COLLAPSE)
        if :: dirty[0] || dirty[1] -> dirty[2] = true; pend = ALL_LINES :: else fi;
 #endif
        noted = false;
        d_step { dirty[0] = false; dirty[1] = false }           /* the table is used again */
-    :: else
+    :: else -> link_table()
     fi;
     changed = true
 }
@@ -173,12 +235,19 @@ again:
         if
         :: restarted ->
 #ifndef RESTART_FORGETS
+#ifdef RELINKED_AT_ONCE
            if :: noted && kind[2] -> put_table() :: else fi;
+           link_table();
+#elif defined(BREAK)
+           if :: noted && kind[2] && !broken -> put_table() :: else fi;
+#else
+           if :: noted && kind[2] -> put_table() :: else fi;
+#endif
 #else
            recorded_large = false;
 #endif
            generation[0]++;
-           grace(); publish(); pend = ALL_LINES;
+           grace(); link_table(); publish(); pend = ALL_LINES;
            changed = !recorded_large                           /* the command is done again, or the collapse is given up */
         :: else
         fi;
