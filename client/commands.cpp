@@ -54,7 +54,7 @@ const char *meaning(int error)
     case ENOSPC:
         return "the ioas has no hwpt";
     case EAGAIN:
-        return "a ring is full: release entries, then ask for the rest";
+        return "a ring is full, or an enable came in between: release entries, then ask for the rest";
     case EALREADY:
         return "it is so already";
     case EOPNOTSUPP:

@@ -191,7 +191,8 @@ struct dirtyring_unmapped {
  * and there is no room left. */
 DIRTYRING_API int dirtyring_map(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa,
                                 uint32_t flags);
-/* -EAGAIN: a ring is full, result->done bytes are unmapped: release entries of the rings, then unmap the rest.
+/* -EAGAIN: a ring is full, or tracking has begun meanwhile; result->done bytes are unmapped: release entries of the rings,
+ * then unmap the rest.
  * length UINT64_MAX: to the end of the space. result may be NULL. */
 DIRTYRING_API int dirtyring_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                   uint32_t harvest, struct dirtyring_unmapped *result);

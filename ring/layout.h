@@ -246,7 +246,8 @@ enum dr_command_flags {
  *                                                                cannot name it
  *   ENOMEM  no memory for tables; nothing was mapped;    ENOSPC  map: no hwpt in this ioas
  *           split, collapse: what was done stays so
- *   EAGAIN  unmap: the ring is full; `done` bytes from iova are unmapped: release entries, then ask for the rest
+ *   EAGAIN  unmap: the ring is full, or what follows is tracked and what is done was not; `done` bytes from iova are
+ *           unmapped: release entries, then ask for the rest
  *   EALREADY enable/disable: it is so already            EOPNOTSUPP enable, disable, sync: no dirty tracking
  *   ECANCELED the object was destroyed meanwhile            EIO     a restart of the service has lost track of it
  *   ENODEV  enable: a device is attached that cannot set Dirty bits there (DR_HWPT_STATUS names it); nothing was changed. As the

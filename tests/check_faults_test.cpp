@@ -59,6 +59,8 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{Fault::no_leading_grace, "no_leading_grace", check::tracking_checks, {"M-24"}},
                     Case{Fault::unmap_without_grace, "unmap_without_grace", check::map_checks, {"M-13"}},
                     Case{Fault::unmap_waits_for_room, "unmap_waits_for_room", check::map_checks, {"M-17"}},
+                    Case{Fault::epoch_at_submission, "epoch_at_submission", check::map_checks, {"M-18"}},
+                    Case{Fault::unmap_passes_enable, "unmap_passes_enable", check::map_checks, {"M-30"}},
                     Case{Fault::enable_without_advance, "enable_without_advance", check::tracking_checks, {"M-22"}},
                     Case{Fault::no_full_scan_on_death, "no_full_scan_on_death", check::device_checks, {"S-11"}},
                     Case{Fault::unmap_ignores_pins, "unmap_ignores_pins", check::device_checks, {"S-12"}},

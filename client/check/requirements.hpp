@@ -245,6 +245,8 @@ inline constexpr Requirement requirements[] = {
                             "after."},
     {"M-29", Role::service, "The service MUST report what was dirty before a SPLIT or COLLAPSE, and what is written "
                             "during it."},
+    {"M-30", Role::service, "The service MUST end an UNMAP in IOVA space that took something out while nothing was "
+     "tracked with EAGAIN and `epoch` 0 before what it would take out while its range is tracked."},
     {"E-6", Role::front_end, "A front-end MUST wait for the completion of ENABLE before it copies what it wants to "
      "be told of."},
     {"E-7", Role::front_end, "A front-end MUST have its devices' DMA ended before it submits the SYNC after which it "

@@ -3,6 +3,7 @@
 #include "client/check/service_checks.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <unistd.h>
 
 namespace dirtyring::check {
@@ -175,6 +176,49 @@ void epochs(Context &c)
              fmt::format("epoch {}, {} epoch marker", none.epoch, marked ? "an" : "no"), "0 and none");
 }
 
+// ENABLE overtakes an UNMAP that waits for a pin: in its only slice, then in its second one, when the first is out already.
+void overtaken(Context &c)
+{
+    TrackedGuest guest(c, [](auto &r) { r.shards = 2; });
+    constexpr std::uint64_t second = 1ull << 19; // the first page of the second slice
+    guest.expect("M-7", unmap_command(guest.ioas, 0, all * page), 0, "UNMAP of everything");
+    guest.enable(false);
+    Device device(c, guest, 1);
+    for (Ring &ring : guest.rings)
+        (void)ring.take();
+    const auto unmap_meanwhile = [&](std::uint64_t first, const char *what) {
+        device.hold_pin(0, second, second, true);
+        guest.submit(unmap_command(guest.ioas, first * page, (second + 1 - first) * page));
+        c.need(c.stays_false([&] { return guest.completed().has_value(); }), "S-12", what, "it completed",
+               "it waits for the pin");
+        guest.submit(command(DR_OP_ENABLE, guest.hwpt));
+        c.need(guest.next_completion("ENABLE beside an UNMAP that waits for a pin").result == 0, "M-8",
+               "ENABLE beside an UNMAP that waits for a pin", "it failed", "0");
+        device.enter();
+        device.write_inside(second); // as the marks of an unpin
+        device.give_back_pin(0);
+        device.leave();
+        device.ring_doorbell();
+        return guest.next_completion(what);
+    };
+
+    guest.map(second, 1, 0);
+    const char *const one = "UNMAP that ENABLE overtakes while it waits for a pin";
+    const auto whole = unmap_meanwhile(second, one);
+    c.expect(whole.result == 0 && whole.epoch != 0 &&
+                 position(guest.rings[1].take(), dr_marker(DR_MARKER_EPOCH, whole.epoch)).has_value(),
+             "M-18", one, fmt::format("result {}, epoch {}, or no marker with it", whole.result, whole.epoch),
+             "0 and an epoch whose marker is in the ring");
+
+    guest.enable(false);
+    guest.map(second - 1, 1, 0);
+    guest.map(second, 1, 1);
+    const char *const two = "UNMAP that ENABLE overtakes between two slices";
+    const auto cut = unmap_meanwhile(second - 1, two);
+    c.expect(cut.result == -EAGAIN && cut.done == page && cut.epoch == 0, "M-30", two,
+             fmt::format("result {}, done {:#x}, epoch {}", cut.result, cut.done, cut.epoch), "-EAGAIN, 0x1000 and 0");
+}
+
 void room(Context &c)
 {
     constexpr std::uint64_t dirty = 16;
@@ -224,6 +268,7 @@ const Check checks[] = {
     {"UNMAP", harvest_now, {"M-14", "M-18", "M-19"}},
     {"UNMAP DEFERRED and DISCARD", harvest_later, {"M-15", "M-16"}},
     {"epochs", epochs, {"M-18", "M-20"}},
+    {"UNMAP and ENABLE", overtaken, {"M-18", "M-30"}},
     {"UNMAP through a small ring", room, {"M-17"}},
 };
 
