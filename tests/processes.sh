@@ -119,6 +119,22 @@ of_format()
 migrate_vtdss() { of_format vtdss --leaf 1G --split eager; }
 migrate_smmuv3s2() { of_format smmuv3s2 --space iova --leaf 2M --split lazy; }
 migrate_smmuv3s1() { of_format smmuv3s1 --devices 2 --shards 2; }
+# Leaves of all sizes, tables of more levels than needed, and Dirty bits from the start.
+migrate_always_on()
+{
+    of_format amdv1 --always-on --leaf 2M --all-sizes --split lazy --levels 5 --space iova --devices 2
+}
+migrate_smmuv3_bbml() { of_format smmuv3s2 --bbml 1 --leaf 1G --split eager; }
+# A GiB whose lowest tables come to be all there, the last of them since a worker died.
+migrate_split_full_killed()
+{
+    local rounds=8
+    [ -z "$repeated" ] || rounds=1
+    "$bin/dirtyring" migrate --memory 1028M --pattern uniform --rate 5000 --bandwidth 1G --leaf 2M --split lazy \
+        --max-rounds $rounds --kill-service 20 --json "$dir/json"
+    at_least "$dir/json" service_kills 5
+    no_remains migrate_split_full_killed
+}
 # Large leaves under the vIOMMU's maps, and killed.
 migrate_split() { trace oa guest-md5sum-viommu --leaf 2M --split eager; }
 migrate_split_killed() { killed iova guest-md5sum --leaf 1G --split lazy --format vtdss; }
@@ -214,6 +230,10 @@ bad_input()
     expect 2 'pattern' "${tool[@]}" --pattern zigzag
     expect 2 'amdv1.*vtdss' "${tool[@]}" --format sv48
     expect 2 'no-such' "${tool[@]}" --no-such-option
+    expect 2 'bbml' "${tool[@]}" --bbml 1 --format vtdss
+    expect 2 'bbml' "${tool[@]}" --bbml 3 --format smmuv3s1
+    expect 2 'always-on' "${tool[@]}" --always-on --tracking none
+    expect 1 'levels is 2, expected 3 to 5' "${tool[@]}" --memory 64M --seconds 0.2 --levels 2 --format vtdss
     expect 2 'kill-service' "${tool[@]}" --kill-service 0
     expect 2 'kill-service' "${tool[@]}" --kill-service 100 --tracking none
     expect 2 'excludes' "${tool[@]}" --kill-service 100 --socket-path "$dir/socket"
@@ -368,7 +388,8 @@ conformance()
 
 cases=(migrate_oa migrate_iova migrate_viommu_oa migrate_viommu_iova migrate_killed_oa migrate_killed_viommu_oa
     migrate_killed_viommu_iova migrate_split migrate_split_killed migrate_devices_and_shards migrate_vtdss
-    migrate_smmuv3s2 migrate_smmuv3s1 migrate_synthetic migrate_untracked migrate_with_running_service
+    migrate_smmuv3s2 migrate_smmuv3s1 migrate_always_on migrate_smmuv3_bbml migrate_split_full_killed
+    migrate_synthetic migrate_untracked migrate_with_running_service
     migrate_beside_a_walker_that_lags bad_input no_permission two_services_one_socket interrupted a_part_killed
     examples file_reader conformance)
 if [ "${1-}" = --list ]; then

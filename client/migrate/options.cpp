@@ -162,8 +162,14 @@ void declare(CLI::App &app, Options &options)
 
     add_choice(app, "--tracking", options.tracking, trackings, "none: everything counts as dirty (on)");
     add_choice(app, "--format", options.format, formats, "of the page tables (amdv1)");
+    app.add_option("--levels", options.levels, "of page tables; 0: as few as the IOVA space needs (0)")
+        ->check(CLI::Range(0u, 6u));
+    app.add_option("--bbml", options.bbml, "of SMMUv3 formats, 0 to 2: how leaves may change their size (0)")
+        ->check(CLI::Range(0u, 2u));
+    app.add_flag("--always-on", options.always_on, "devices set Dirty bits before the migration begins, too");
     add_choice(app, "--space", options.space, spaces, "what the rings name (oa)");
     add_choice(app, "--leaf", options.leaf_lg2, leaves, "the largest leaf used; one is dirty as a whole (4K)");
+    app.add_flag("--all-sizes", options.all_sizes, "leaves of every power of two that the format has, not only those");
     add_choice(app, "--split", options.split, splits,
                "larger leaves while tracking: eager, all of them; lazy, those that were dirty; none (none)");
     app.add_option("--shards", options.shards, "slices of the IOVA space, each with a ring (1)");
@@ -195,6 +201,12 @@ void check(const Options &options)
                         bytes(options.memory), bytes(available)));
     if (options.kill_service_ms != 0 && !options.tracking)
         throw BadInput("--kill-service: with --tracking none nothing tells when the service is back");
+    if (options.always_on && !options.tracking)
+        throw BadInput("--always-on: with --tracking none no device sets Dirty bits");
+    const bool smmuv3 = options.format == DR_FORMAT_SMMUV3_S2 || options.format == DR_FORMAT_SMMUV3_S1;
+    if (options.bbml != 0 && !smmuv3)
+        throw BadInput(
+            fmt::format("--bbml: expected 0 with --format {}, found {}", name(options.format), options.bbml));
     if (std::isnan(options.speed) || std::isnan(options.seconds))
         throw BadInput("--speed, --seconds: expected a number");
     if (!std::has_single_bit(options.shards) || options.shards > 64)

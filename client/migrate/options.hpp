@@ -40,8 +40,12 @@ struct Options {
 
     bool tracking = true;
     dr_format format = DR_FORMAT_AMDV1;
+    std::uint32_t levels = 0; // of page tables; 0: as few as will do
+    std::uint32_t bbml = 0;   // of SMMUv3 formats
+    bool always_on = false;   // devices set Dirty bits before the migration begins, too
     dr_space space = DR_SPACE_OA;
     std::uint32_t leaf_lg2 = 12;
+    bool all_sizes = false; // of leaves: every power of two that the format has
     dr_split split = DR_SPLIT_NONE;
     std::uint32_t shards = 1; // a power of two
     std::uint32_t ring_entries = 4096;

@@ -59,14 +59,19 @@ class Source
         attributes.aperture_lg2 = aperture_lg2(options, shared_.plan);
         attributes.shards = options.shards;
         attributes.format = options.format;
+        attributes.levels = options.levels;
+        attributes.bbml = options.bbml;
         attributes.leaf_lg2_max = options.leaf_lg2;
+        attributes.all_sizes = options.all_sizes ? 1 : 0;
         attributes.split = options.split;
         attributes.space = options.space;
         attributes.ring_entries = options.ring_entries;
         attributes.min_interval_us = options.min_interval_us;
         attributes.untracked = options.tracking ? 0 : 1;
         // Devices come as they are, as a VMM's do: whether they can be tracked is asked when the migration begins.
-        const bool always_on = iommu::with_format(options.format, [](auto f) { return f.always_on; });
+        attributes.always_on = options.always_on ? 1 : 0;
+        const bool always_on =
+            options.always_on || iommu::with_format(options.format, [](auto f) { return f.always_on; });
         attributes.optional = options.tracking && !always_on ? 1 : 0;
         control_.hwpt = must(guest_.hwpt_alloc(ioas_, attributes), "cannot make an hwpt");
         std::memcpy(control_.token, guest_.token(), sizeof control_.token);

@@ -28,8 +28,13 @@ class WritingDevice
         state_.inside = 0;
         state_.lives.fetch_add(1);
         at_point = [this](Point p) {
-            if (state_.die_at.load(std::memory_order_relaxed) == static_cast<std::uint64_t>(p) + 1)
-                ::kill(::getpid(), SIGKILL);
+            const bool cleaned = p == Point::device_between_dirty_and_summary && lonely(guest_.layout.block(target_)) &&
+                                 state_.die_cleaned.exchange(0, std::memory_order_relaxed) != 0;
+            if (!cleaned && state_.die_at.load(std::memory_order_relaxed) != static_cast<std::uint64_t>(p) + 1)
+                return;
+            guest_.state.died_cleaned.fetch_add(cleaned ? 1 : 0, std::memory_order_relaxed);
+            state_.dying = 1;
+            ::kill(::getpid(), SIGKILL);
         };
     }
 
@@ -39,8 +44,11 @@ class WritingDevice
             std::this_thread::sleep_for(milliseconds(1));
         while (!over()) {
             attach();
-            for (std::uint64_t steps = 200 + draw(2000); steps > 0 && !over(); --steps)
+            bool fresh = true; // who has a page's translation cached with D may not set it again
+            for (std::uint64_t steps = 200 + draw(2000); steps > 0 && !over() && (fresh || !to_die()); --steps) {
+                fresh = fresh && to_die();
                 step();
+            }
             while (!pins_.empty())
                 land(pins_.front());
             check(dirtyring_device_detach(device_), "detach");
@@ -60,6 +68,7 @@ class WritingDevice
     };
 
     [[nodiscard]] bool over() const { return shared_.over().load(std::memory_order_relaxed) != 0; }
+    [[nodiscard]] bool to_die() const { return state_.die_cleaned.load(std::memory_order_relaxed) != 0; }
     std::uint64_t draw(std::uint64_t below) { return random_() % below; }
 
     void attach()
@@ -84,15 +93,29 @@ class WritingDevice
         std::this_thread::sleep_for(draw(200) == 0 ? milliseconds(20) : microseconds(draw(1000)));
     }
 
+    static bool lonely(unsigned block) { return block < blocks && block % 4 >= 2; }
+
     // Some pages are written all the time, the others now and then. Of some blocks one page alone is written: what a rule that is
     // broken forgets there nothing beside it brings back.
     std::uint64_t somewhere()
     {
+        if (guest_.layout.full && draw(4) == 0)
+            return between_blocks();
         const bool hot = draw(2) == 0;
-        const auto block = static_cast<unsigned>(draw(hot ? 4 : blocks));
-        const bool lonely = block % 4 >= 2;
-        const std::uint64_t page = lonely ? block : draw(hot ? 3 : guest_.layout.block_pages());
+        auto block = static_cast<unsigned>(draw(hot ? 4 : blocks));
+        if (to_die())
+            block |= 2;
+        const std::uint64_t page = lonely(block) ? block : draw(hot ? 3 : guest_.layout.block_pages());
         return guest_.layout.iova(block) + page * page_size + index_ * Journal::slot_size;
+    }
+
+    std::uint64_t between_blocks()
+    {
+        std::uint64_t iova = 0;
+        do
+            iova = draw(slice_size / page_size) * page_size;
+        while (guest_.layout.block(iova) < blocks);
+        return iova + index_ * Journal::slot_size;
     }
 
     void section()
@@ -112,16 +135,17 @@ class WritingDevice
         std::for_each_n(done.begin(), count, [&](const Done &d) { note(d); });
     }
 
-    // Nothing: it met a fault, as is right where nothing is mapped.
+    // Nothing: it met a fault, as is right where a block is not mapped.
     std::optional<Done> write(std::uint64_t iova)
     {
         std::uint64_t data[Journal::slot_size / 8];
         const std::uint64_t stamp = guest_.journal.draw(index_);
         std::fill(std::begin(data), std::end(data), stamp);
         dirtyring_fault fault{};
+        target_ = iova;
         if (dirtyring_dma_write(dma_, iova, data, sizeof data, &fault) == 0)
             return Done{page_with(stamp, iova), stamp};
-        expect(fault, DIRTYRING_FAULT_NOT_PRESENT);
+        expect(iova, fault, DIRTYRING_FAULT_NOT_PRESENT);
         return std::nullopt;
     }
 
@@ -135,7 +159,7 @@ class WritingDevice
         const int number = dirtyring_dma_pin(dma_, iova, Journal::slot_size, write ? DIRTYRING_WRITE : DIRTYRING_READ,
                                              &piece, &count, &fault);
         if (number < 0)
-            return expect(fault, DIRTYRING_FAULT_NOT_PRESENT, DIRTYRING_FAULT_CLOSED);
+            return expect(iova, fault, DIRTYRING_FAULT_NOT_PRESENT, DIRTYRING_FAULT_CLOSED);
         pins_.push_back({number, write, piece.iov_base, now_ns() + draw(8'000'000)});
         state_.pins.fetch_add(1, std::memory_order_relaxed);
         where_[number] = iova;
@@ -146,6 +170,7 @@ class WritingDevice
         const Pin pin = due;
         std::erase_if(pins_, [&](const Pin &p) { return p.number == pin.number; });
         std::optional<Done> done;
+        target_ = where_[pin.number];
         if (pin.write) {
             std::uint64_t data[Journal::slot_size / 8];
             const std::uint64_t stamp = guest_.journal.draw(index_);
@@ -167,18 +192,22 @@ class WritingDevice
     // Which place of the guest's memory the write went to: only this device writes to this slot.
     [[nodiscard]] std::uint64_t page_with(std::uint64_t stamp, std::uint64_t iova) const
     {
-        const Layout &layout = guest_.layout;
-        const unsigned block = layout.block(iova);
-        for (unsigned place = 0; place < places; ++place) {
-            const std::uint64_t oa = layout.oa(block, place) + (iova - layout.iova(block));
-            if (std::atomic_ref(*guest_.source.map.as<std::uint64_t>(oa)).load(std::memory_order_relaxed) == stamp)
-                return oa / page_size;
-        }
-        throw migrate::Failure(fmt::format("write {} to iova {:#x} went to none of the block's places", stamp, iova));
+        std::optional<std::uint64_t> page;
+        guest_.layout.for_each_oa(iova, [&](std::uint64_t oa) {
+            const std::uint64_t at = oa % guest_.layout.memory();
+            if (std::atomic_ref(*guest_.source.map.as<std::uint64_t>(at)).load(std::memory_order_relaxed) == stamp)
+                page = at / page_size;
+        });
+        if (!page)
+            throw migrate::Failure(fmt::format("write {} to iova {:#x} went to none of its places", stamp, iova));
+        return *page;
     }
 
-    template <class... Reasons> static void expect(const dirtyring_fault &fault, Reasons... reasons)
+    template <class... Reasons> void expect(std::uint64_t iova, const dirtyring_fault &fault, Reasons... reasons) const
     {
+        if (fault.reason == DIRTYRING_FAULT_NOT_PRESENT && guest_.layout.block(iova) == blocks)
+            throw Lost(fmt::format("lost: guest {} ({}): iova {:#x} is mapped for good, and DMA finds no translation",
+                                   guest_.index, guest_.layout.name, iova));
         if (((fault.reason != reasons) && ...))
             throw migrate::Failure(fmt::format("DMA: {}", dirtyring_error()));
     }
@@ -190,6 +219,7 @@ class WritingDevice
     std::mt19937_64 random_;
     dirtyring_device *device_ = nullptr;
     dirtyring_dma *dma_ = nullptr;
+    std::uint64_t target_ = 0; // IOVA that is being written
     std::vector<Pin> pins_;
     std::uint64_t where_[pins_max] = {}; // IOVAs of pins, by number
 };

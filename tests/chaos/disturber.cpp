@@ -183,9 +183,17 @@ void Disturber::stop_service()
 
 // ---- devices
 
+Child &Disturber::any_device()
+{
+    const Guest &guest = any_guest();
+    const auto index = static_cast<unsigned>(draw(guest.device.size()));
+    run_.wait_for([&] { return now_ns() >= guest.state.spared_until.load(); }, 100 * ms);
+    return run_.device(guest.index, index);
+}
+
 void Disturber::kill_device()
 {
-    Child &device = run_.device(any_guest().index, static_cast<unsigned>(draw(run_.shared().options.devices)));
+    Child &device = any_device();
     run_.shared().note("kill of {}", device.name());
     device.kill();
     ++statistics_.device_kills;
@@ -200,6 +208,7 @@ void Disturber::kill_device_at_point()
     Guest &guest = any_guest();
     const Point point = points[draw(std::size(points))];
     const auto index = static_cast<unsigned>(draw(guest.device.size()));
+    run_.wait_for([&] { return now_ns() >= guest.state.spared_until.load(); }, 100 * ms);
     run_.shared().note("{} is to die at {}", run_.device(guest.index, index).name(), name_of(point));
     guest.device[index].die_at = static_cast<std::uint64_t>(point) + 1;
     const auto dead = [&] { return guest.device[index].die_at.load() == 0; };
@@ -211,7 +220,7 @@ void Disturber::kill_device_at_point()
 
 void Disturber::stop_device()
 {
-    Child &device = run_.device(any_guest().index, static_cast<unsigned>(draw(run_.shared().options.devices)));
+    Child &device = any_device();
     run_.shared().note("{} is stopped", device.name());
     device.stop();
     ++statistics_.stops;

@@ -40,6 +40,7 @@ class Disturber
     void replace_vmm();
     void kill_visitor();
 
+    Child &any_device(); // that is not spared
     void kill_worker();
     // After a death of the service: all guests go on, or, now and then, the next death comes first.
     void recover(std::uint64_t died_at);

@@ -1,9 +1,12 @@
 #include "tests/chaos/options.hpp"
 
+#include "tests/chaos/layout.hpp"
+
 #include <CLI/CLI.hpp>
 
 #include <cstdlib>
 #include <map>
+#include <numeric>
 #include <random>
 
 namespace dirtyring::chaos {
@@ -20,6 +23,14 @@ std::map<std::string, Point> all_points()
     std::map<std::string, Point> all;
     for (std::size_t i = 0; i < std::size(point_names); ++i)
         all.emplace(point_names[i], static_cast<Point>(i));
+    return all;
+}
+
+std::map<std::string, unsigned> all_kinds()
+{
+    std::map<std::string, unsigned> all;
+    for (unsigned i = 0; i < std::size(layouts); ++i)
+        all.emplace(layouts[i].name, i);
     return all;
 }
 
@@ -40,6 +51,10 @@ const std::map<std::string, Rule> rules{
     {"restart_without_call", {Fault::restart_without_call, Finding::hang}},
     {"resumed_map_not_scanned", {Fault::resumed_map_not_scanned, Finding::loss}},
     {"commands_not_recorded", {Fault::commands_not_recorded, Finding::hang}},
+    {"present_forgotten", {Fault::present_forgotten, Finding::loss}},
+    {"cleaned_for_good", {Fault::cleaned_for_good, Finding::loss}},
+    {"epoch_at_submission", {Fault::epoch_at_submission, Finding::loss}},
+    {"destroy_not_ended", {Fault::destroy_not_ended, Finding::hang}},
 };
 const std::map<std::string, Only> parts{{"everything", Only::everything},
                                         {"service", Only::service},
@@ -71,7 +86,10 @@ std::variant<Options, int> parse_options(int argc, char **argv)
     app.add_option("--kills", options.kills, "until the service was killed so often; 0: for --seconds")
         ->capture_default_str();
     app.add_option("--seed", options.seed, "repeats what is asked for, not who is first")->envname("DIRTYRING_SEED");
-    app.add_option("--guests", options.guests, "guests")->check(CLI::Range(1, 32))->capture_default_str();
+    app.add_option("--kinds", options.kinds, "of guests, in turn; all by default")
+        ->delimiter(',')
+        ->transform(CLI::CheckedTransformer(all_kinds()));
+    app.add_option("--guests", options.guests, "guests; one of each kind by default")->check(CLI::Range(1, 32));
     app.add_option("--devices", options.devices, "devices of each guest")
         ->check(CLI::Range(1, 8))
         ->capture_default_str();
@@ -89,6 +107,12 @@ std::variant<Options, int> parse_options(int argc, char **argv)
     } catch (const CLI::ParseError &e) {
         return app.exit(e) == 0 ? 0 : usage_error;
     }
+    if (options.kinds.empty()) {
+        options.kinds.resize(std::size(layouts));
+        std::iota(options.kinds.begin(), options.kinds.end(), 0u);
+    }
+    if (options.guests == 0)
+        options.guests = static_cast<unsigned>(options.kinds.size());
     if (!rule.empty()) {
         options.fault = rules.at(rule).fault;
         options.wanted = rules.at(rule).wanted;

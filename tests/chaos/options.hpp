@@ -20,8 +20,9 @@ struct Options {
     double seconds = 60;
     std::uint64_t kills = 0; // of the service; 0: until the time is up
     std::uint64_t seed = 0;
-    unsigned guests = 3;
-    unsigned devices = 2; // of each guest
+    unsigned guests = 0;         // 0: one of each kind
+    std::vector<unsigned> kinds; // of guests, in turn: numbers of `layouts`
+    unsigned devices = 2;        // of each guest
     Only only = Only::everything;
     Fault fault = Fault::none; // broken in the service
     Finding wanted = Finding::nothing;

@@ -93,10 +93,11 @@ void Run::look_after_children()
     for (Guest &guest : shared_.guests) {
         for (unsigned i = 0; i < guest.device.size(); ++i) {
             Child &child = device(guest.index, i);
-            const bool may_die = guest.device[i].die_at.load() != 0;
+            const bool may_die = guest.device[i].dying.load() != 0;
             if (child.pid() == 0 || !child.ended(may_die))
                 continue;
             guest.device[i].die_at = 0;
+            guest.device[i].dying = 0;
             shared_.note("{} has ended", child.name());
             child.start();
         }

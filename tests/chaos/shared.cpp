@@ -30,7 +30,7 @@ Guest::Guest(unsigned number, const Layout &l, unsigned devices)
 Shared::Shared(const Options &o, std::string socket) : options(o), socket_path(std::move(socket))
 {
     for (unsigned i = 0; i < o.guests; ++i)
-        guests.emplace_back(i, layouts[i % std::size(layouts)], o.devices);
+        guests.emplace_back(i, layouts[o.kinds[i % o.kinds.size()]], o.devices);
 }
 
 void Shared::print_events(std::size_t last) const

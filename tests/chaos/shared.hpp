@@ -24,6 +24,10 @@ struct DeviceState {
     Word inside;      // 1: it is within a section
     Word stop_inside; // 1: it is asked to stop itself within its next one
     Word die_at;      // a Point + 1, where it is to kill itself; 0: nowhere
+    // 1: as long as its VMM waits for ENABLE, it is to kill itself between D and the summary of a page that is written
+    // alone. Should that page be cleaned already, nothing beside it tells of D.
+    Word die_cleaned;
+    Word dying; // 1: it does
     Word lives;
     Word writes; // pages
     Word pins;
@@ -45,7 +49,8 @@ struct GuestState {
     Word done;    // 1: it has
     Word hold;    // 1: the VMM is asked to leave tracking as it is, and to hear who holds it up
     Word switching;
-    Word stalled_pid; // whom dirtyring_stalled names; 0: nobody
+    Word stalled_pid;  // whom dirtyring_stalled names; 0: nobody
+    Word spared_until; // ns: no device of it is killed before, as each death has all of the guest looked at
     std::uint8_t secret[16];
     std::uint8_t token[DR_TOKEN_BYTES];
     std::uint32_t ioas;
@@ -64,6 +69,8 @@ struct GuestState {
     Word changes;       // of maps, and of tracking
     Word again;         // unmaps for which a ring was full
     Word asleep_syncs;  // that were waited for by calls alone
+    Word overtaken;     // unmaps that were under way when ENABLE came
+    Word died_cleaned;  // devices that died while it was under way
 };
 
 struct Guest {
@@ -125,6 +132,7 @@ class Shared
     std::deque<Guest> guests;
 
     [[nodiscard]] Word &visits() const { return counts_[0]; }
+    [[nodiscard]] Word &destroyed() const { return counts_[3]; }
     // 1: devices and visitors are to end.
     [[nodiscard]] Word &over() const { return counts_[1]; }
     // Processes to which the service did not answer within the library's 10 s.
@@ -135,7 +143,7 @@ class Shared
     SharedArray<Verdict> verdict_{1};
     SharedArray<Word> event_count_{1};
     SharedArray<Event> events_{4096};
-    SharedArray<Word> counts_{3};
+    SharedArray<Word> counts_{4};
 };
 
 } // namespace dirtyring::chaos

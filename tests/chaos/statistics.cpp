@@ -54,12 +54,14 @@ void expect_flat(const Statistics &s)
 void print_summary(const Shared &shared, Statistics s, double seconds)
 {
     std::uint64_t syncs = 0, asleep = 0, changes = 0, again = 0, written = 0, pins = 0, reported = 0, over = 0,
-                  unknown = 0;
+                  unknown = 0, overtaken = 0, cleaned = 0;
     for (const Guest &guest : shared.guests) {
         syncs += guest.state.syncs;
         asleep += guest.state.asleep_syncs;
         changes += guest.state.changes;
         again += guest.state.again;
+        overtaken += guest.state.overtaken;
+        cleaned += guest.state.died_cleaned;
         reported += guest.state.reported;
         over += guest.state.over_reported;
         unknown += guest.state.unknown;
@@ -73,10 +75,11 @@ void print_summary(const Shared &shared, Statistics s, double seconds)
                s.device_kills, s.vmm_kills, s.visitor_kills);
     fmt::print("  others      {} stops, {} stalls named, {} VMMs replaced by themselves, {} waits of 10 s given up\n",
                s.stops, s.stalls, s.vmm_leaves, shared.gave_up().load());
-    fmt::print("  guests      {}, with {} devices each; {} visitors came and went\n", shared.guests.size(),
-               shared.options.devices, shared.visits().load());
+    fmt::print("  guests      {}, with {} devices each; {} visitors came and went, {} hwpts destroyed\n",
+               shared.guests.size(), shared.options.devices, shared.visits().load(), shared.destroyed().load());
     fmt::print("  syncs       {}, {} of them waited for by calls alone\n", syncs, asleep);
     fmt::print("  changes     {} of maps and tracking, {} unmaps that met a full ring\n", changes, again);
+    fmt::print("  enables     {} unmaps were under way, {} devices died meanwhile\n", overtaken, cleaned);
     fmt::print("  written     {} pages, {} pins\n", written, pins);
     fmt::print("  reported    {} pages, {} of them equal to their copy; {} runs of what is not mapped\n", reported,
                over, unknown);

@@ -28,7 +28,7 @@ Vmm::Vmm(Shared &shared, Guest &guest, std::uint64_t seed)
 void Vmm::run()
 {
     open();
-    next_switch_ = now_ns() + (200 + draw(600)) * ms;
+    next_switch_ = now_ns() + (50 + draw(300)) * ms;
     while (!wanted(state_.leave) && !wanted(state_.finish)) {
         consume();
         reap();
@@ -68,9 +68,13 @@ void Vmm::open()
 
 void Vmm::set_up()
 {
-    check(dirtyring_memory_add(vm_, 0, layout_.memory(), guest_.source.fd.get(), 0), "memory_add");
+    for (unsigned i = 0; i < layout_.copies(); ++i)
+        check(dirtyring_memory_add(vm_, i * layout_.memory(), layout_.memory(), guest_.source.fd.get(), 0),
+              "memory_add");
     check(dirtyring_ioas_alloc(vm_, &state_.ioas), "ioas_alloc");
     dirtyring_hwpt attributes{};
+    attributes.format = layout_.format;
+    attributes.always_on = layout_.always_on ? 1 : 0;
     attributes.aperture_lg2 = layout_.aperture_lg2();
     attributes.shards = layout_.shards;
     attributes.leaf_lg2_max = layout_.leaf_lg2_max;
@@ -86,8 +90,16 @@ void Vmm::set_up()
         block.place = 0;
         block.change = BlockState::none;
     }
+    fill();
     track();
     state_.ready = 1;
+}
+
+void Vmm::fill()
+{
+    layout_.for_each_gap([this](std::uint64_t start, std::uint64_t end) {
+        check(dirtyring_map(vm_, state_.ioas, start, end - start, start, DIRTYRING_READ | DIRTYRING_WRITE), "map");
+    });
 }
 
 // What a predecessor left. Where it was changing a map, that is unmapped, whatever there is.
@@ -111,10 +123,17 @@ void Vmm::take_up()
 
 void Vmm::track()
 {
+    DeviceState &device = guest_.device[draw(guest_.device.size())];
+    const Only only = shared_.options.only;
+    const std::uint64_t died = state_.died_cleaned.load();
+    device.die_cleaned = (only == Only::everything || only == Only::devices) && draw(2) == 0 ? 1 : 0;
     while_consuming([this] {
         if (const int error = dirtyring_enable(vm_, state_.hwpt); error != -EALREADY)
             check(error, "enable");
     });
+    device.die_cleaned = 0;
+    if (state_.died_cleaned.load() != died)
+        state_.spared_until = now_ns() + 50 * ms;
     copy(0, layout_.memory());
     state_.tracked = 1;
 }
@@ -189,18 +208,16 @@ void Vmm::copy_run(std::uint64_t start, std::uint64_t length, std::uint32_t shar
             state_.unknown.fetch_add(1, std::memory_order_relaxed);
         return;
     }
-    for (std::uint64_t iova = start; iova < start + length; iova += page_size) {
-        const unsigned block = layout_.block(iova);
-        for (unsigned place = 0; place < places && block < blocks; ++place)
-            copy(layout_.oa(block, place) + (iova - layout_.iova(block)), page_size);
-    }
+    for (std::uint64_t iova = start; iova < start + length; iova += page_size)
+        layout_.for_each_oa(iova, [this](std::uint64_t oa) { copy(oa, page_size); });
 }
 
 void Vmm::copy(std::uint64_t oa, std::uint64_t length)
 {
-    if (oa > layout_.memory() || length > layout_.memory() - oa)
+    if (oa > layout_.oa_end() || length > layout_.oa_end() - oa)
         throw migrate::Failure(fmt::format("a run at {:#x} of {:#x} bytes is not in the guest's memory", oa, length));
-    for (std::uint64_t at = oa; at < oa + length; at += page_size) {
+    for (std::uint64_t i = 0; i < length; i += page_size) {
+        const std::uint64_t at = (oa + i) % layout_.memory();
         std::byte *to = guest_.destination.data() + at;
         const std::byte *from = guest_.source.map.data() + at;
         state_.reported.fetch_add(1, std::memory_order_relaxed);

@@ -31,6 +31,7 @@ class Vmm
 
     void open();
     void set_up();
+    void fill();
     void take_up();
     void track();
     void leave();
@@ -61,6 +62,8 @@ class Vmm
     void mapped(unsigned block, const dr_completion &completion);
     void unmapped(unsigned block, const dr_completion &completion);
     void changed(unsigned block);
+    void unmap_some();
+    void hear_first();
     void switch_tracking();
     void while_consuming(const std::function<void()> &call);
     [[nodiscard]] std::vector<bool> being_discarded() const;

@@ -127,6 +127,27 @@ void Vmm::while_consuming(const std::function<void()> &call)
     made.get();
 }
 
+// These begin while nobody tracks, and those that wait for a pin or for another slice are overtaken by the ENABLE
+// behind them.
+void Vmm::unmap_some()
+{
+    for (unsigned b = 0; b < blocks && changes_ < changes_max; ++b) {
+        if (state_.block[b].change.load() == BlockState::none && state_.block[b].place.load() != 0 && draw(2) == 0)
+            unmap(b, BlockState::unmapping);
+    }
+    tell_changes();
+}
+
+// Runs are read when the unmaps that they are of have been heard to be complete: their epochs alone say what the runs
+// mean.
+void Vmm::hear_first()
+{
+    for (const std::uint64_t deadline = now_ns() + 20 * ms; changes_ > 0 && now_ns() < deadline;) {
+        reap();
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+}
+
 // Now and then tracking ends and begins anew; what is written in between is copied with all the rest.
 void Vmm::switch_tracking()
 {
@@ -137,8 +158,13 @@ void Vmm::switch_tracking()
         state_.tracked = 0;
         while_consuming([this] { check(dirtyring_disable(vm_, state_.hwpt), "disable"); });
         std::this_thread::sleep_for(std::chrono::microseconds(draw(2000)));
+        if (draw(2) == 0)
+            unmap_some();
+        state_.overtaken.fetch_add(changes_, std::memory_order_relaxed);
         track();
-        next_switch_ = now_ns() + (200 + draw(600)) * ms;
+        if (draw(2) == 0)
+            hear_first();
+        next_switch_ = now_ns() + (50 + draw(300)) * ms;
         state_.changes.fetch_add(1, std::memory_order_relaxed);
     }
     state_.switching = 0;
