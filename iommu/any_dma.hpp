@@ -36,6 +36,11 @@ class AnyDmaThread
         return std::visit([](const auto &engine) { return engine.inside(); }, engine_);
     }
 
+    void set_stall_patience(std::uint64_t ns)
+    {
+        std::visit([&](auto &engine) { engine.set_stall_patience(ns); }, engine_);
+    }
+
     DmaFault write(std::uint64_t iova, const void *data, std::uint64_t length)
     {
         return std::visit([&](auto &engine) { return engine.write(iova, data, length); }, engine_);

@@ -204,6 +204,9 @@ template <Format F> class DmaThread
 
     [[nodiscard]] bool inside() const { return section_.inside(); }
 
+    // How long to wait for an entry that is being replaced before FaultReason::stalled.
+    void set_stall_patience(std::uint64_t ns) { stall_patience_ns_ = ns; }
+
     // Inside a section. reason == none: all was transferred.
     DmaFault write(std::uint64_t iova, const void *data, std::uint64_t length)
     {
@@ -285,7 +288,6 @@ template <Format F> class DmaThread
     static constexpr unsigned small_sets = 1024;
     static constexpr unsigned middle_sets = 64;
     static constexpr unsigned large_sets = 64;
-    static constexpr std::uint64_t stall_patience_ns = 500'000'000;
 
     // Calls use(host, done, n) for each piece that one translation covers. mark: set D as well.
     template <class Use> DmaFault for_pieces(std::uint64_t iova, std::uint64_t length, bool write, bool mark, Use use)
@@ -310,7 +312,7 @@ template <Format F> class DmaThread
     // Outside the section: the owner waits for those who are inside. False: for too long.
     [[nodiscard]] bool wait_for_entry(std::uint64_t iova)
     {
-        const std::uint64_t patience_ends = now_ns() + stall_patience_ns;
+        const std::uint64_t patience_ends = now_ns() + stall_patience_ns_;
         section_.leave();
         while ((view_.breaking(iova) & 1) != 0 && now_ns() < patience_ends) {
         }
@@ -496,6 +498,7 @@ template <Format F> class DmaThread
     const GuestMemory &memory_;
     Section section_;
     Pins pins_;
+    std::uint64_t stall_patience_ns_ = 500'000'000;
     std::uint64_t turned_ = 0;     // shards whose table bits this section turned
     std::uint64_t given_back_ = 0; // shards of the pins that this section gave back
     Cached small_[small_sets];

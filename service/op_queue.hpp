@@ -16,7 +16,8 @@ namespace dirtyring::service {
 class OpQueue
 {
   public:
-    explicit OpQueue(dr_shard_control &control) : closing_(control) {}
+    // visit_slots: pin slots looked at in one visit.
+    OpQueue(dr_shard_control &control, unsigned visit_slots) : closing_(control), visit_slots_(visit_slots) {}
 
     // An owner before has died with ranges closed.
     void restore() { closing_.open_all(); }
@@ -106,8 +107,6 @@ class OpQueue
   private:
     // A range that only add() closes.
     static constexpr std::uint64_t kept_for_add = 1;
-    // Pin slots looked at in one visit.
-    static constexpr unsigned visit_slots = 4096;
 
     struct Queued {
         ShardOp *op;
@@ -146,7 +145,7 @@ class OpQueue
     // Puts those whose pins are gone in front of the others.
     void look_aside()
     {
-        unsigned budget = visit_slots;
+        unsigned budget = visit_slots_;
         std::erase_if(aside_, [&](Aside &a) {
             if (!a.pins.passed(devices_, budget) && !fault(Fault::unmap_ignores_pins))
                 return false;
@@ -156,6 +155,7 @@ class OpQueue
     }
 
     iommu::Closing closing_;
+    unsigned visit_slots_;
     std::vector<iommu::DmaThreads> devices_;
     std::deque<Queued> queue_;
     std::vector<Aside> aside_; // no more than ranges can be closed

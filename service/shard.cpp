@@ -24,11 +24,6 @@ namespace {
 
 using iommu::Extent;
 
-// A visit ends after this many lines and tables, or leaves: some 50 µs.
-constexpr unsigned visit_lines = 2048;
-constexpr unsigned visit_leaves = 4096;
-// Pin slots that a sync looks at in one visit.
-constexpr unsigned visit_slots = 4096;
 // How soon to look again at what nobody will wake us for: a device inside a section, deferred runs.
 constexpr std::uint64_t recheck_ns = 200'000;
 // A stream of map changes lets a sweep through this often.
@@ -52,7 +47,8 @@ template <iommu::Format F> class ShardOf final : public Shard
           sizes_(slice_, invalidation_, config.leaves, *config.control), control_(config.control),
           noted_(1ull << config.index), always_on_(config.producer != nullptr && (F::always_on || config.always_on)),
           min_interval_ns_(config.min_interval_ns), stall_ns_(config.stall_ns), stalled_(std::move(config.stalled)),
-          batch_(slice_, invalidation_, sizes_, visit_lines + iommu::lines_at_once), ops_(*config.control)
+          visit_(config.visit), batch_(slice_, invalidation_, sizes_, visit_.lines + iommu::lines_at_once),
+          ops_(*config.control, visit_.slots)
     {
         if (config.producer != nullptr)
             ring_.emplace(config.producer, config.consumer, slice_.extents(), std::move(config.call));
@@ -220,7 +216,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (resize_in_background())
             return true;
         if (!ops_.in_progress() && !owed_.empty()) {
-            if (owed_.mark(slice_, visit_leaves)) {
+            if (owed_.mark(slice_, visit_.leaves)) {
                 point(Point::death_marked);
                 pass_.begin(true);
                 forget_owed();
@@ -248,7 +244,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (!sizes_.owes_work() || ops_.in_progress() || now_ < resized_ + resize_every_ns)
             return false;
         resized_ = now_;
-        sizes_.work(visit_lines);
+        sizes_.work(visit_.lines);
         if (sizes_.touched())
             invalidate({});
         return true;
@@ -404,7 +400,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         }
         batch_.begin();
         bool full = false;
-        unsigned budget = visit_lines;
+        unsigned budget = visit_.lines;
         while (!full) {
             const std::span<iommu::Lines> tables = pass_.next(slice_, budget);
             if (tables.empty())
@@ -433,7 +429,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (syncs_.empty() || syncs_.front().before > 0)
             return false;
         iommu::PinWait &pins = syncs_.front().pins;
-        unsigned budget = visit_slots;
+        unsigned budget = visit_.slots;
         return syncs_.front().phase != SyncPhase::pins || fault(Fault::sync_ignores_pins) ||
                pins.passed(ops_.devices(), budget) || !pins.sampled(ops_.devices());
     }
@@ -457,7 +453,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         switch (sync.phase) {
         case SyncPhase::pins:
-            if (unsigned budget = visit_slots;
+            if (unsigned budget = visit_.slots;
                 !sync.pins.passed(ops_.devices(), budget) && !fault(Fault::sync_ignores_pins))
                 return true; // there are slots still to be sampled
             // Behind the pins: they too may have found the D of a thread that has not come to the summary.
@@ -559,7 +555,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             extents_changed();
         }
         const Extent map = *slice_.extents().first_in(op.reached, op.end);
-        for (unsigned budget = visit_leaves; budget > 0 && op.reached < op.end; --budget)
+        for (unsigned budget = visit_.leaves; budget > 0 && op.reached < op.end; --budget)
             op.reached += slice_.map_leaf(map, op.reached);
         if (op.reached < op.end)
             return;
@@ -612,7 +608,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         }
 
         const std::uint64_t from = op.reached;
-        const auto taken = taker_.take(op.reached, end, report ? &*ring_ : nullptr, visit_leaves);
+        const auto taken = taker_.take(op.reached, end, report ? &*ring_ : nullptr, visit_.leaves);
         point(Point::unmap_taken_out);
         took_out_ |= taken.any;
         if (!taken.full && !slice_.extents().first_in(op.reached, end))
@@ -652,7 +648,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         if (!resize_)
             resize_ = {op.start, op.end, op.leaf_lg2};
-        const int error = sizes_.step(*resize_, op.kind == ShardOp::Kind::collapse, visit_lines);
+        const int error = sizes_.step(*resize_, op.kind == ShardOp::Kind::collapse, visit_.lines);
         const bool over = error != 0 || resize_->over;
         if (over)
             resize_.reset();
@@ -674,7 +670,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             cleaning_ = true;
             pass_.begin(true);
         }
-        unsigned budget = visit_lines;
+        unsigned budget = visit_.lines;
         for (auto tables = pass_.next(slice_, budget); !tables.empty(); tables = pass_.next(slice_, budget))
             batch_.clean(tables);
         point(Point::enable_cleaning);
@@ -736,6 +732,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     std::uint64_t min_interval_ns_;
     std::uint64_t stall_ns_;
     std::function<void(const dr_cell *)> stalled_;
+    Visit visit_;
     bool told_ = false;               // that a grace period stalls
     std::uint64_t waiting_since_ = 0; // ns, the grace period
     bool restored_ = false;           // and has not begun again

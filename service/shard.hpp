@@ -70,6 +70,13 @@ struct LeafPolicy {
     iommu::Break how = iommu::Break::none;
 };
 
+// How much work one call of step() does at most: some 50 µs.
+struct Visit {
+    unsigned lines = 2048;  // and tables
+    unsigned leaves = 4096; // of a map, an unmap, or what a dead device had pinned
+    unsigned slots = 4096;  // of pins
+};
+
 struct ShardCounters {
     std::uint64_t runs = 0;
     std::uint64_t pages = 0; // of 4 KiB
@@ -83,6 +90,7 @@ struct ShardConfig {
     dr_shard_control *control = nullptr;
     std::uint64_t *generations = nullptr;
     LeafPolicy leaves;
+    Visit visit;
     dr_ring_producer *producer = nullptr; // with a header; nullptr: no dirty tracking
     dr_ring_consumer *consumer = nullptr;
     bool always_on = false; // with a ring: devices set D from the start, reported or not
