@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <random>
+#include <utility>
 
 namespace dirtyring::test {
 namespace {
@@ -834,6 +835,25 @@ TEST_P(Sleep, OperationsKeepTheWalkerAwake)
     rig.submit(0, OpKind::sync);
     rig.shard().wake();
     EXPECT_TRUE(rig.shard().prepare_sleep(rig.now).busy);
+}
+
+// A device is stopped when it has turned a table bit and not rung: the next one finds the bit set. What both wrote comes with a sync.
+TEST_P(Sleep, ADeviceThatIsStoppedBeforeItRingsDelaysOthersUntilASync)
+{
+    Rig rig(small_leaves(DR_SPACE_OA));
+    ASSERT_EQ(rig.map(0, MiB, 0), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    SleepyWalker walker(rig);
+    ASSERT_TRUE(walker.run_until_idle());
+    rig.write(0, 0, 8);
+    EXPECT_EQ(std::exchange(rig.rung, 0), 1u) << "which never comes";
+    rig.write(1, P, 8);
+    EXPECT_EQ(rig.rung, 0u);
+    ASSERT_TRUE(walker.run_until_idle());
+    rig.drain();
+    EXPECT_EQ(rig.lost(), 2u);
+    ASSERT_EQ(rig.sync(), 0);
+    EXPECT_EQ(rig.lost(), 0u);
 }
 
 } // namespace

@@ -4,10 +4,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <sys/eventfd.h>
 #include <unistd.h>
+#include <vector>
 
 namespace dirtyring::test {
 namespace {
@@ -165,6 +168,35 @@ TEST_F(Naps, WouldLastForeverWithoutBells)
     fall_asleep();
     ring();
     EXPECT_FALSE(woken_soon());
+}
+
+// More bells than the completion queue has room for: each is heard, no round goes on for ever, and each is heard again.
+TEST(ManyBells, RungBetweenTwoRoundsAreAllHeard)
+{
+    constexpr unsigned count = 700;
+    service::Walker walker;
+    std::deque<ToldShard> shards(count);
+    std::vector<ring::Fd> bells;
+    for (ToldShard &shard : shards) {
+        bells.emplace_back(::eventfd(0, EFD_CLOEXEC));
+        ASSERT_TRUE(bells.back());
+        walker.adopt(shard, bells.back().get());
+    }
+    std::uint64_t now = service::monotonic_ns();
+    for (unsigned round = 1; round <= 3; ++round) {
+        const auto all = [&](auto what) { return std::all_of(shards.begin(), shards.end(), what); };
+        for (unsigned i = 0; i < 1000 && !all([&](const ToldShard &s) { return s.sleeps > s.wakes; }); ++i)
+            walker.do_work(now += 1'000'000);
+        for (const ring::Fd &bell : bells)
+            ASSERT_EQ(::eventfd_write(bell.get(), 1), 0);
+        for (unsigned i = 0; i < 5000 && !all([&](const ToldShard &s) { return s.wakes >= round; }); ++i) {
+            walker.do_work(now);
+            ::usleep(1000);
+        }
+        EXPECT_TRUE(all([&](const ToldShard &s) { return s.wakes >= round; })) << round;
+    }
+    for (ToldShard &shard : shards)
+        walker.drop(shard);
 }
 
 } // namespace
