@@ -9,70 +9,82 @@
 
 namespace dirtyring {
 
+// Each rule has the name of what is done instead.
+// clang-format off
+#define DIRTYRING_RULES(X) \
+    /* device */ \
+    X(tag_after_walk) /* the IOTLB tag is loaded after the walk */ \
+    X(iotlb_across_regions) /* an IOTLB entry of a large leaf spans regions */ \
+    X(section_without_order) /* entering a section is a release store */ \
+    X(leave_relaxed) /* leaving a section releases nothing */ \
+    X(summary_without_order) /* the summary is set before D */ \
+    X(summary_shared) /* 1 GiB leaves of all shards share summary words */ \
+    X(no_doorbell) /* a sleeping walker is not rung */ \
+    X(section_over_io) /* a thread with a pin stays in its section */ \
+    X(pin_after_look) /* a slot is taken after the look at what is closed */ \
+    X(mark_before_data) /* D is set when a pin is taken, not when the data has landed */ \
+    X(no_pin_bell) /* a walker that waits for a pin is not rung */ \
+    /* walker */ \
+    X(no_grace) /* publish at once */ \
+    X(publish_before_advance) /* publish, then invalidate */ \
+    X(advance_plain) /* generations are advanced by load and store */ \
+    X(sample_before_advance) /* cells are sampled, then generations advanced */ \
+    X(no_leading_grace) /* a sync's pass begins at once */ \
+    X(unmap_without_grace) /* an unmap replies at once */ \
+    X(unmap_waits_for_room) /* an unmap waits for its consumer instead of answering AGAIN */ \
+    X(enable_without_advance) /* enabling tracking leaves the IOTLBs alone */ \
+    X(cleaned_for_good) /* a device that dies while ENABLE cleans owes no pass */ \
+    X(epoch_at_submission) /* whether an unmap has an epoch is decided before it begins */ \
+    X(unmap_passes_enable) /* an unmap of which a slice was not reported goes on where dirt is reported */ \
+    X(no_full_scan_on_death) /* a dead device's half-made summary is trusted */ \
+    X(unmap_ignores_pins) /* an unmap does not wait for pins */ \
+    X(sync_ignores_pins) /* a sync does not wait for pins */ \
+    X(no_grace_after_pins) /* a sync's pass begins as soon as the pins are gone */ \
+    X(death_ignores_pins) /* what a dead device had pinned is not reported */ \
+    X(death_skips_begun) /* nor what it had pinned of a map that a restart has interrupted */ \
+    X(detach_stopped) /* a live device's cells are dropped by force */ \
+    X(no_want_kick) /* the walker sleeps before a full ring without asking for a kick */ \
+    X(no_second_look) /* the walker sleeps without looking again after setting its flag */ \
+    X(nap_ignores_bell) /* a walker that is awake does not heed the bell of a shard that naps */ \
+    X(arm_without_look) /* the producer publishes without looking at the event index */ \
+    X(clear_before_stage) /* D is cleared, then the run staged */ \
+    X(take_before_stage) /* leaves are unmapped, then what was dirty staged */ \
+    X(split_drops_dirty) /* a leaf that is split is taken for clean */ \
+    X(naive_replicated_split) /* a part of a replicated leaf that is split is as dirty as its own replica was */ \
+    X(replica_reported_alone) /* a dirty replica reports what its entry spans */ \
+    X(resized_not_summarized) /* what a resize makes dirty is not summarized */ \
+    X(resized_behind_pass) /* a pass goes on though a resize has moved D to where it has been */ \
+    X(break_taken_for_fault) /* a device that finds no entry does not ask whether it is being replaced */ \
+    X(collapse_cuts_leaf) /* a collapse that begins in a leaf makes two of it in the record */ \
+    X(collapse_goes_on) /* a collapse goes on though dirt is reported again */ \
+    X(naive_collapse) /* the leaves of a table that is collapsed are not read again after the grace */ \
+    /* restart */ \
+    X(restart_without_advance) /* what devices have cached is left alone */ \
+    X(restart_without_scan) /* the summary is trusted */ \
+    X(restart_without_call) /* consumers are not called */ \
+    X(restart_opens_early) /* what was closed can be pinned before everything is advanced */ \
+    X(resumed_map_not_scanned) /* what devices wrote through a map before it was interrupted is left to the summary */ \
+    X(sync_marks_again) /* a sync that a restart does again waits for room, though its marker is there */ \
+    X(cut_not_noted) /* an unmap that ended for want of room goes on after a restart, behind its marker */ \
+    X(commands_not_recorded) /* a command that is taken is not recorded before it is begun */ \
+    X(no_lock) /* a guest is taken up though another worker has it */ \
+    X(present_forgotten) /* which tables have memory is forgotten */ \
+    X(relinked_at_once) /* a table is linked where devices may have found a leaf, without a grace period */ \
+    X(collapse_forgotten) /* a collapse that the end of reporting began is not gone on with */ \
+    X(sync_takes_last_slot) /* a sync leaves no slot for the marker of an unmap that is done again */ \
+    X(leaf_left_in_part) /* an unmap that finds no room leaves replicas out that a death had taken out */ \
+    X(hole_not_counted) /* an unmap that finds no room behind a hole answers that it came to the hole only */ \
+    X(taken_out_stays_mapped) /* an unmap that ends before reporting does not count what a death had it take out */ \
+    X(split_raises_limit) /* a split makes leaves that are larger than the record says */ \
+    X(due_marker_forgotten) /* an unmap begins though another, which is done again, owes its marker */ \
+    X(destroy_not_ended) /* the rings of an hwpt whose DESTROY had begun are not ended */
+// clang-format on
+
 enum class Fault {
     none,
-    // device
-    tag_after_walk,        // the IOTLB tag is loaded after the walk
-    iotlb_across_regions,  // an IOTLB entry of a large leaf spans regions
-    section_without_order, // entering a section is a release store
-    leave_relaxed,         // leaving a section releases nothing
-    summary_without_order, // the summary is set before D
-    summary_shared,        // 1 GiB leaves of all shards share summary words
-    no_doorbell,           // a sleeping walker is not rung
-    section_over_io,       // a thread with a pin stays in its section
-    pin_after_look,        // a slot is taken after the look at what is closed
-    mark_before_data,      // D is set when a pin is taken, not when the data has landed
-    no_pin_bell,           // a walker that waits for a pin is not rung
-    // walker
-    no_grace,               // publish at once
-    publish_before_advance, // publish, then invalidate
-    advance_plain,          // generations are advanced by load and store
-    sample_before_advance,  // cells are sampled, then generations advanced
-    no_leading_grace,       // a sync's pass begins at once
-    unmap_without_grace,    // an unmap replies at once
-    unmap_waits_for_room,   // an unmap waits for its consumer instead of answering AGAIN
-    enable_without_advance, // enabling tracking leaves the IOTLBs alone
-    cleaned_for_good,       // a device that dies while ENABLE cleans owes no pass
-    epoch_at_submission,    // whether an unmap has an epoch is decided before it begins
-    unmap_passes_enable,    // an unmap of which a slice was not reported goes on where dirt is reported
-    no_full_scan_on_death,  // a dead device's half-made summary is trusted
-    unmap_ignores_pins,     // an unmap does not wait for pins
-    sync_ignores_pins,      // a sync does not wait for pins
-    no_grace_after_pins,    // a sync's pass begins as soon as the pins are gone
-    death_ignores_pins,     // what a dead device had pinned is not reported
-    death_skips_begun,      // nor what it had pinned of a map that a restart has interrupted
-    detach_stopped,         // a live device's cells are dropped by force
-    no_want_kick,           // the walker sleeps before a full ring without asking for a kick
-    no_second_look,         // the walker sleeps without looking again after setting its flag
-    nap_ignores_bell,       // a walker that is awake does not heed the bell of a shard that naps
-    arm_without_look,       // the producer publishes without looking at the event index
-    clear_before_stage,     // D is cleared, then the run staged
-    take_before_stage,      // leaves are unmapped, then what was dirty staged
-    split_drops_dirty,      // a leaf that is split is taken for clean
-    naive_replicated_split, // each part of a replicated leaf that is split is as dirty as the replica that was there
-    replica_reported_alone, // a dirty replica reports what its entry spans
-    resized_not_summarized, // what a resize makes dirty is not summarized
-    resized_behind_pass,    // a pass goes on though a resize has moved D to where it has been
-    break_taken_for_fault,  // a device that finds no entry does not ask whether it is being replaced
-    collapse_cuts_leaf,     // a collapse that begins in a leaf makes two of it in the record
-    collapse_goes_on,       // a collapse goes on though dirt is reported again
-    naive_collapse,         // the leaves of a table that is collapsed are not read again after the grace
-    // restart
-    restart_without_advance, // what devices have cached is left alone
-    restart_without_scan,    // the summary is trusted
-    restart_without_call,    // consumers are not called
-    restart_opens_early,     // what was closed can be pinned before everything is advanced
-    resumed_map_not_scanned, // what devices wrote through a map before it was interrupted is left to the summary
-    sync_marks_again,        // a sync that a restart does again waits for room, though its marker is there
-    cut_not_noted,           // an unmap that ended for want of room goes on after a restart, behind its marker
-    commands_not_recorded,   // a command that is taken is not recorded before it is begun
-    no_lock,                 // a guest is taken up though another worker has it
-    present_forgotten,       // which tables have memory is forgotten
-    relinked_at_once,        // a table is linked where devices may have found a leaf, without a grace period
-    collapse_forgotten,      // a collapse that the end of reporting began is not gone on with
-    sync_takes_last_slot,    // a sync leaves no slot for the marker of an unmap that is done again
-    leaf_left_in_part,       // an unmap that finds no room leaves replicas out that a death had taken out
-    destroy_not_ended,       // the rings of an hwpt whose DESTROY had begun are not ended
+#define X(name) name,
+    DIRTYRING_RULES(X)
+#undef X
 };
 
 // A place where a test may step in between two instructions of the protocol, or a process die.

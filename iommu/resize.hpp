@@ -87,13 +87,15 @@ template <Format F> class Resizer
                 continue;
             }
             budget -= std::min(budget, cost);
+            // No larger than the record allows already: it has the larger leaves at any time.
+            const unsigned lg2 = fault(Fault::split_raises_limit) ? r.lg2 : std::min(r.lg2, e->leaf_lg2);
             if (leaf.replicas() > 1) {
-                if (const int error = split_replicas(*e, leaf, r.lg2); error != 0)
+                if (const int error = split_replicas(*e, leaf, lg2); error != 0)
                     return error;
                 touch(leaf.iova, leaf.length());
                 continue;
             }
-            if (const int error = split_by_table(*e, leaf, r.lg2); error != 0)
+            if (const int error = split_by_table(*e, leaf, lg2); error != 0)
                 return error;
             if (how_ != Break::none) {
                 touch(leaf.iova, leaf.length());

@@ -353,6 +353,17 @@ template <Format F> class Slice
         return {table.entries + i, table.iova_of(i), entry_lg2(table.level), table.level};
     }
 
+    // Is any of its replicas there?
+    [[nodiscard]] static bool is_there(const Leaf &leaf)
+    {
+        for (unsigned i = 0; i < leaf.replicas(); ++i) {
+            if (F::decode(std::atomic_ref(leaf.entries[i]).load(std::memory_order_relaxed), leaf.level).kind ==
+                EntryKind::leaf)
+                return true;
+        }
+        return false;
+    }
+
     // Has any of its replicas D?
     [[nodiscard]] static bool is_dirty(const Leaf &leaf)
     {

@@ -46,6 +46,25 @@ template <iommu::Format F> class LeafTaker
         return taken;
     }
 
+    // Moves `reached` to the first leaf of [reached, end) that is there, past those that a worker before has taken out; looks at `budget` of
+    // them. A leaf of which some replicas are out is whole again. False: there are more to look at.
+    bool skip_taken_out(std::uint64_t &reached, std::uint64_t end, unsigned budget)
+    {
+        for (auto e = slice_.extents().first_in(reached, end); e; e = slice_.extents().first_in(reached, end)) {
+            reached = std::max(reached, e->start);
+            const iommu::Leaf leaf = slice_.find(reached);
+            if (slice_.is_there(leaf)) {
+                put_back_missing(leaf);
+                return true;
+            }
+            reached = std::min(leaf.end(), end);
+            if (--budget == 0)
+                return false;
+        }
+        reached = end;
+        return true;
+    }
+
   private:
     // Leaves that are staged together.
     static constexpr unsigned chunk = 64;
@@ -72,7 +91,8 @@ template <iommu::Format F> class LeafTaker
                 at = end;
                 break;
             }
-            const iommu::Leaf leaf = slice_.find(std::max(at, e->start));
+            at = std::max(at, e->start);
+            const iommu::Leaf leaf = slice_.find(at);
             const bool report = ring != nullptr && slice_.is_dirty(leaf);
             if (report && no_room(*ring, leaf)) {
                 if (!fault(Fault::leaf_left_in_part))
@@ -83,8 +103,8 @@ template <iommu::Format F> class LeafTaker
             found_.push_back({leaf, report});
             at = leaf.end();
         }
-        if (found_.empty() && !full)
-            reached = at;
+        if (found_.empty() && (!full || !fault(Fault::hole_not_counted)))
+            reached = at; // a worker before may have unmapped what is a hole now
     }
 
     // Takes out the leaves found. Ends at the leaf that has no room.

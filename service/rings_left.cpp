@@ -1,6 +1,6 @@
 #include "service/rings_left.hpp"
 
-#include "ring/producer.hpp"
+#include "service/end_ring.hpp"
 #include "service/holdings.hpp"
 #include "service/uring.hpp"
 
@@ -26,8 +26,6 @@ bool map_whole(ring::Mapping &map, const ring::Fd &fd)
            map.map(fd.get(), static_cast<std::size_t>(status.st_size), PROT_READ | PROT_WRITE) == 0;
 }
 
-using DirtyRing = ring::Producer<std::uint64_t>;
-
 // Calls with(ring) if the two regions are those of one; more staged than there are slots is taken back. False: they are not, or with() says
 // so.
 template <class With> bool with_ring(const ring::Fd &producer, const ring::Fd &consumer, With with)
@@ -46,11 +44,6 @@ template <class With> bool with_ring(const ring::Fd &producer, const ring::Fd &c
     return with(ring);
 }
 
-bool has_ended(const DirtyRing &ring)
-{
-    return ring.staged() > 0 && ring.last() == dr_marker(DR_MARKER_END, 0);
-}
-
 bool mark(DirtyRing &ring)
 {
     if (has_ended(ring)) { // a service before was about to take leave of this guest
@@ -67,15 +60,6 @@ bool mark(DirtyRing &ring)
 }
 
 } // namespace
-
-void end_ring(DirtyRing &ring)
-{
-    if (!has_ended(ring) && ring.room() > 0) {
-        ring.put(0, dr_marker(DR_MARKER_END, 0));
-        ring.stage(1);
-    }
-    static_cast<void>(ring.publish()); // whoever sleeps is called in any case
-}
 
 RingsLeft::RingsLeft(const FdStore &store, std::uint32_t guest) : RingsLeft(store, kept_name('H', guest) + '.') {}
 

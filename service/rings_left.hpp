@@ -2,7 +2,6 @@
 // take their silence for cleanliness, or of an hwpt that was being destroyed, whose consumers wait for the end.
 #pragma once
 
-#include "ring/producer.hpp"
 #include "ring/region.hpp"
 #include "service/fd_store.hpp"
 
@@ -40,8 +39,5 @@ class RingsLeft
 
     std::vector<Ring> rings_;
 };
-
-// Publishes what is staged, and an END behind it unless it is there, or there is no room.
-void end_ring(ring::Producer<std::uint64_t> &ring);
 
 } // namespace dirtyring::service

@@ -594,13 +594,18 @@ template <iommu::Format F> class ShardOf final : public Shard
         const int result = cut ? -EAGAIN : 0;
         if (op.again && !slice_.extents().first_in(op.reached, end)) {
             op.reached = end;
+            if (took_out_)
+                slice_.kept().set_unmarked(0);
             return finish(op, result); // what was taken out is forgotten after the marker
         }
         const bool report = ring_ && tracking_ && op.harvest != ShardOp::Harvest::discard;
         if (fault(Fault::unmap_waits_for_room) && ring_ && ring_->slots_for_runs() == 0)
             return;
         if (mark && !took_out_) {
-            if (ring_->room() <= kept_by_unmap) {
+            // Before a restart another may have taken leaves out: the slot that is kept is for its marker.
+            const std::uint64_t due = slice_.kept().unmarked();
+            const bool yields = due != 0 && due != op.epoch && !fault(Fault::due_marker_forgotten);
+            if (yields || ring_->room() <= kept_by_unmap) {
                 publish();
                 return finish(op, -EAGAIN);
             }
@@ -636,12 +641,17 @@ template <iommu::Format F> class ShardOf final : public Shard
         finish(op, taken.full ? -EAGAIN : result);
     }
 
-    // What it has taken out so far was not reported and has no marker; what it would take out now is. Another unmap does that.
+    // What it has taken out so far was not reported and has no marker; what it would take out now is. Another unmap does that. Before a restart
+    // it may have come some way in this slice; all that has been advanced since.
     void end_before_reporting(ShardOp &op)
     {
-        const auto left = slice_.extents().first_in(op.reached, op.end);
-        op.reached = left ? std::max(left->start, op.reached) : op.end;
-        finish(op, left ? -EAGAIN : 0);
+        const std::uint64_t from = op.reached;
+        const bool over =
+            fault(Fault::taken_out_stays_mapped) || taker_.skip_taken_out(op.reached, op.end, visit_.leaves);
+        slice_.forget(from, op.reached);
+        extents_changed();
+        if (over)
+            finish(op, op.reached < op.end ? -EAGAIN : 0);
     }
 
     void run_resize(ShardOp &op)

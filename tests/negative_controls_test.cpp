@@ -419,6 +419,10 @@ Control control(Fault fault)
     case Fault::collapse_forgotten:
     case Fault::sync_takes_last_slot:
     case Fault::leaf_left_in_part:
+    case Fault::taken_out_stays_mapped:
+    case Fault::split_raises_limit:
+    case Fault::due_marker_forgotten:
+    case Fault::hole_not_counted:
         return {fault, "restart_test", nullptr};
     case Fault::commands_not_recorded:
         return {fault, "command_journal_test", nullptr};

@@ -143,6 +143,7 @@ void Rig::make_shard(unsigned i, bool restored)
     config.control = translation_region_.map.as<dr_shard_control>(geometry.shard_controls) + i;
     config.generations = translation_region_.map.as<std::uint64_t>(geometry.generations);
     config.leaves = {options_.leaf_lg2_max, options_.all_sizes, options_.collapse, options_.split, options_.how};
+    config.visit = options_.visit;
     config.producer = options_.tracked ? s.producer_region.map.as<dr_ring_producer>() : nullptr;
     config.consumer = options_.tracked ? s.consumer_region.map.as<dr_ring_consumer>() : nullptr;
     config.min_interval_ns = options_.min_interval_ns;

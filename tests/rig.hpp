@@ -92,6 +92,7 @@ struct RigOptions {
     bool collapse = false;
     dr_split split = DR_SPLIT_NONE;
     iommu::Break how = iommu::Break::none;
+    service::Visit visit{};
     dr_space space = DR_SPACE_OA;
     std::uint64_t capacity = 1024;
     std::uint64_t min_interval_ns = 0;
