@@ -1,0 +1,114 @@
+#include "tests/search/coverage.hpp"
+
+#include <fmt/format.h>
+
+#include <bit>
+#include <fstream>
+#include <map>
+#include <sstream>
+#include <sys/mman.h>
+
+namespace dirtyring::search {
+
+namespace {
+
+const char *const state_names[] = {
+#define X(name) #name,
+    DIRTYRING_STATES(X)
+#undef X
+};
+
+const char *const row_names[] = {
+#define X(name) #name,
+    DIRTYRING_EVENTS(X)
+#undef X
+#define X(name) "dies_at_" #name,
+        DIRTYRING_POINTS(X)
+#undef X
+};
+
+constexpr std::size_t rows = Coverage::events + Coverage::points;
+constexpr std::size_t columns = Coverage::states + 1;
+constexpr std::size_t bytes = rows * columns * sizeof(std::atomic<std::uint32_t>);
+
+std::string short_number(std::uint32_t n)
+{
+    return n == 0 ? "." : n < 1000 ? std::to_string(n) : n < 1'000'000 ? fmt::format("{}k", n / 1000) : "M";
+}
+
+// Patterns may be "*".
+std::map<std::pair<std::string, std::string>, std::string> explained(const std::string &path)
+{
+    std::map<std::pair<std::string, std::string>, std::string> reasons;
+    std::ifstream file(path);
+    for (std::string line; std::getline(file, line);) {
+        std::istringstream words(line);
+        std::string event;
+        std::string state;
+        std::string reason;
+        if (words >> event >> state && event[0] != '#' && std::getline(words, reason))
+            reasons[{event, state}] = reason;
+    }
+    return reasons;
+}
+
+} // namespace
+
+Coverage::Coverage()
+    : counts_(static_cast<std::atomic<std::uint32_t> *>(
+          ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0)))
+{
+}
+
+Coverage::~Coverage()
+{
+    ::munmap(counts_, bytes);
+}
+
+void Coverage::count(std::size_t row, std::uint64_t states)
+{
+    std::atomic<std::uint32_t> *counts = counts_ + row * columns;
+    counts[Coverage::states].fetch_add(1, std::memory_order_relaxed);
+    for (; states != 0; states &= states - 1)
+        counts[std::countr_zero(states)].fetch_add(1, std::memory_order_relaxed);
+}
+
+void Coverage::print(const std::string &unreachable) const
+{
+    const auto reasons = explained(unreachable);
+    for (std::size_t s = 0; s < states; ++s)
+        fmt::print("{:>32} {}\n", fmt::format("{}", s + 1), state_names[s]);
+    fmt::print("{:>32} {:>5}", "", "all");
+    for (std::size_t s = 0; s < states; ++s)
+        fmt::print("{:>5}", s + 1);
+    fmt::print("\n");
+    std::size_t never = 0;
+    std::size_t known = 0;
+    std::string list;
+    for (std::size_t row = 0; row < rows; ++row) {
+        const std::atomic<std::uint32_t> *counts = counts_ + row * columns;
+        const auto reason = [&](const std::string &state) {
+            return reasons.contains({row_names[row], state}) || reasons.contains({row_names[row], "*"}) ||
+                   reasons.contains({"*", state});
+        };
+        fmt::print("{:>32} {:>5}", row_names[row], short_number(counts[states].load()));
+        std::string missing;
+        for (std::size_t s = 0; s < states; ++s) {
+            fmt::print("{:>5}", short_number(counts[s].load()));
+            if (counts[s].load() != 0)
+                continue;
+            ++never;
+            if (reason(state_names[s]))
+                ++known;
+            else
+                missing += fmt::format(" {}", state_names[s]);
+        }
+        fmt::print("\n");
+        if (!missing.empty())
+            list += fmt::format("  {}:{}\n", row_names[row], missing);
+    }
+    fmt::print("never met, and not explained:\n{}", list);
+    fmt::print("never met: {}, of which {} are explained\n", never, known);
+}
+
+} // namespace dirtyring::search
