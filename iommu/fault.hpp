@@ -77,6 +77,8 @@ namespace dirtyring {
     X(taken_out_stays_mapped) /* an unmap that ends before reporting does not count what a death had it take out */ \
     X(split_raises_limit) /* a split makes leaves that are larger than the record says */ \
     X(due_marker_forgotten) /* an unmap begins though another, which is done again, owes its marker */ \
+    X(begun_stays) /* a map that a restart has interrupted, and that is rolled back, is left as it is */ \
+    X(takeover_wakes_nobody) /* a front-end's successor is given the guest, and nobody looks at its rings */ \
     X(destroy_not_ended) /* the rings of an hwpt whose DESTROY had begun are not ended */
 // clang-format on
 

@@ -129,12 +129,25 @@ template <Format F> class Slice
             e.leaf_lg2 = leaf_lg2_;
             e.tag = record_.add(e, continues ? SliceRecord::continues : 0);
         } else {
+            assert(before->end == e.end && before->oa == e.oa && before->rights == e.rights);
             e.leaf_lg2 = before->leaf_lg2;
             e.tag = before->tag;
             begun_.erase(before);
         }
         extents_.insert(e);
         point(Point::map_recorded);
+    }
+
+    // Maps of [start, end) that had begun before a restart do not go on: what there is of them is taken out as of any map.
+    void give_up_begun(std::uint64_t start, std::uint64_t end)
+    {
+        std::erase_if(begun_, [&](const Extent &e) {
+            if (e.start >= end || e.end <= start)
+                return false;
+            record_.set_whole(e.tag);
+            extents_.insert(e);
+            return true;
+        });
     }
 
     // The map that begins at `start` has all its leaves.

@@ -161,6 +161,7 @@ class Control
     void create(Connection &c, const dr_guest_create &request);
     void take_over(Connection &c, const std::shared_ptr<Guest> &guest, const dr_guest_create &request);
     void give_to(Connection &c, std::shared_ptr<Guest> guest, Fds fds, std::vector<Work> works);
+    [[nodiscard]] static std::vector<Work> look_again_at(const Guest &guest);
     // The peer speaks for nobody any more.
     void dismiss(Connection &c);
     // The front-end has closed its connection.

@@ -126,8 +126,22 @@ void Control::take_over(Connection &c, const std::shared_ptr<Guest> &guest, cons
     guest->front_end_process = {};
     if (Connection *old = find(guest->connection))
         dismiss(*old);
-    give_to(c, guest, std::move(*fds), {});
+    give_to(c, guest, std::move(*fds), look_again_at(*guest));
     spdlog::info("connection {}: guest {} is taken over", c.id, record.number);
+}
+
+// Its predecessor may have died between a store that asks for a kick and the kick: whatever of the guest sleeps looks at its rings.
+std::vector<Control::Work> Control::look_again_at(const Guest &guest)
+{
+    std::vector<Work> works;
+    if (fault(Fault::takeover_wakes_nobody))
+        return works;
+    works.emplace_back(guest.home, [commands = guest.commands.get()] { commands->stirred().set(); });
+    for (const auto &[id, hwpt] : guest.hwpts) {
+        for (const ShardHome &s : hwpt->shards)
+            works.emplace_back(s.owner, [shard = s.shard.get()] { shard->stirred().set(); });
+    }
+    return works;
 }
 
 void Control::give_to(Connection &c, std::shared_ptr<Guest> guest, Fds fds, std::vector<Work> works)

@@ -111,6 +111,7 @@ template <iommu::Format F> class LeafTaker
     void swap_out(std::uint64_t &reached, Publisher *ring, Taken &taken)
     {
         for (Found &f : found_) {
+            reached = std::max(reached, f.leaf.iova); // behind a hole, perhaps
             for (unsigned i = 0; i < f.leaf.replicas(); ++i) {
                 if (!swap_out(f.leaf.entries[i], f, ring)) {
                     put_back(f.leaf, i);

@@ -583,6 +583,8 @@ template <iommu::Format F> class ShardOf final : public Shard
     void run_unmap(ShardOp &op)
     {
         const bool mark = is_marked(op);
+        if (op.again && !fault(Fault::begun_stays))
+            slice_.give_up_begun(op.start, op.end); // it is rolled back
         slice_.part(op.start);
         if (op.epoch != 0 && !mark && tracking_ && !fault(Fault::unmap_passes_enable))
             return end_before_reporting(op);

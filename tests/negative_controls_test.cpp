@@ -422,6 +422,7 @@ Control control(Fault fault)
     case Fault::taken_out_stays_mapped:
     case Fault::split_raises_limit:
     case Fault::due_marker_forgotten:
+    case Fault::begun_stays:
     case Fault::hole_not_counted:
         return {fault, "restart_test", nullptr};
     case Fault::commands_not_recorded:
@@ -431,6 +432,7 @@ Control control(Fault fault)
     case Fault::no_lock:
         return {fault, "service_restart_test", nullptr};
     case Fault::destroy_not_ended:
+    case Fault::takeover_wakes_nobody:
         return {fault, "service_survival_test", nullptr};
     case Fault::epoch_at_submission:
         return {fault, "service_overtaken_test", nullptr};

@@ -6,12 +6,21 @@ cd "$(dirname "$0")/.."
 
 usage()
 {
-    echo "usage: tests/run.sh [--full]    --full: soaks at their full length, whole programs 100 times, 1,000 kills" >&2
+    cat >&2 <<EOT
+usage: tests/run.sh [--full [PART]]
+  --full        soaks at their full length, whole programs 100 times, 1,000 kills, an hour of the search
+  --full PART   of that only chaos, migrations, models or search
+EOT
     exit 2
 }
+part=
 case $#:${1-} in
 0:) ;;
-1:--full) export DIRTYRING_FULL=1 ;;
+1:--full | 2:--full) export DIRTYRING_FULL=1 part=${2-} ;;
+*) usage ;;
+esac
+case $part in
+'' | chaos | migrations | models | search) ;;
 *) usage ;;
 esac
 
@@ -41,6 +50,13 @@ others=(--target others)
 not_others=(--label-exclude '^inprocess$' --exclude-regex _NOT_BUILT)
 inprocess=(--target inprocess)
 [ -z "${DIRTYRING_FULL-}" ] || { others=() not_others=() inprocess+=(inprocess_one_thread); }
+
+if [ -n "$part" ]; then
+    build dev
+    step "test: dev, $part"
+    ctest --preset dev --tests-regex "^$part" --parallel "$jobs"
+    exit
+fi
 
 build dev "${others[@]}" ${others:+inprocess_one_thread}
 build clang "${others[@]}"

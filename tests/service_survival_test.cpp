@@ -3,6 +3,8 @@
 #include "tests/supervised.hpp"
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <poll.h>
 #include <thread>
 #include <unistd.h>
@@ -166,6 +168,89 @@ TEST_P(ServiceDeathInDestroy, RingsEndAndConsumersAreCalled)
 TEST(ServiceSurvival, RingsOfADestroyThatDiedStaySilentWithoutTheRule)
 {
     EXPECT_GT(without_end(Fault::destroy_not_ended, "destroy_noted:1"), 0u);
+}
+
+// ---- a front-end that dies before its kick ------------------------------------------------------------------------------------
+
+dr_guest_create lingering()
+{
+    dr_guest_create request = new_guest(256);
+    request.linger_ms = 60'000;
+    return request;
+}
+
+dirtyring_vm *successor_of(const Daemon &daemon, const RawGuest &guest)
+{
+    dirtyring_vm *vm = nullptr;
+    check(dirtyring_take(daemon.socket().c_str(), guest.created.secret, &vm));
+    return vm;
+}
+
+struct Leaver {
+    void operator()(dirtyring_vm *vm) const { dirtyring_leave(vm); }
+};
+
+std::chrono::milliseconds patience_of(Fault fault)
+{
+    return fault == Fault::none ? 10s : 1s;
+}
+
+// It has stored the head of its submissions, and dies; its successor submits a command. True: that is completed.
+bool commands_of_a_successor_are_taken(Fault fault)
+{
+    Daemon daemon(
+        {}, [=] { break_rule(fault); }, DIRTYRINGD_FAULTY_PATH);
+    TrackedGuest guest(daemon, lingering());
+    // The service has fallen asleep and asked for a kick.
+    EXPECT_TRUE(comes_true([&] {
+        return std::atomic_ref(guest.submission_consumer().armed).load(std::memory_order_seq_cst) != DR_DISARMED;
+    }));
+    guest.submissions->put(0, sync_command(guest.hwpt, 5));
+    guest.submissions->stage(1);
+    EXPECT_TRUE(guest.submissions->publish());
+    guest.close();
+    const std::unique_ptr<dirtyring_vm, Leaver> vm(successor_of(daemon, guest));
+    check(dirtyring_queue_sync(vm.get(), guest.hwpt, 6, 77));
+    check(dirtyring_submit(vm.get()));
+    return comes_true(
+        [&] {
+            dr_completion completions[8];
+            const std::uint32_t n = dirtyring_reap(vm.get(), completions, 8);
+            return std::any_of(completions, completions + n, [](const auto &c) { return c.user_data == 77; });
+        },
+        patience_of(fault));
+}
+
+TEST(ServiceSurvival, CommandsOfASuccessorAreTaken)
+{
+    EXPECT_TRUE(commands_of_a_successor_are_taken(Fault::none));
+    EXPECT_FALSE(commands_of_a_successor_are_taken(Fault::takeover_wakes_nobody));
+}
+
+// It has released all of a ring that waits for that, and dies. True: what is written then is reported.
+bool dirt_of_a_successor_is_reported(Fault fault)
+{
+    Daemon daemon(
+        {}, [=] { break_rule(fault); }, DIRTYRINGD_FAULTY_PATH);
+    TrackedGuest guest(daemon, lingering());
+    const RawRing ring = guest.ring(guest.hwpt);
+    const Device device = guest.attach();
+    dma_write(device, 0);
+    auto &producer = *ring.producer_map.as<dr_ring_producer>();
+    const auto load = [](std::uint64_t &word) { return std::atomic_ref(word).load(std::memory_order_seq_cst); };
+    EXPECT_TRUE(comes_true([&] { return load(producer.head) > 0 && load(producer.want_kick) == 1; }));
+    const std::uint64_t head = load(producer.head);
+    std::atomic_ref(ring.consumer_map.as<dr_ring_consumer>()->tail).store(head, std::memory_order_seq_cst);
+    guest.close();
+    const std::unique_ptr<dirtyring_vm, Leaver> vm(successor_of(daemon, guest));
+    dma_write(device, page);
+    return comes_true([&] { return load(producer.head) > head; }, patience_of(fault));
+}
+
+TEST(ServiceSurvival, DirtOfASuccessorIsReported)
+{
+    EXPECT_TRUE(dirt_of_a_successor_is_reported(Fault::none));
+    EXPECT_FALSE(dirt_of_a_successor_is_reported(Fault::takeover_wakes_nobody));
 }
 
 } // namespace

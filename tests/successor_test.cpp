@@ -286,6 +286,48 @@ TEST(SuccessorOfAnUnmap, EndsBeforeReportingBehindWhatIsOut)
     EXPECT_FALSE(what_stays_is_mapped());
 }
 
+// The owner dies in the middle of a map; there is no memory when it is done again, so it is rolled back, as Commands does. Another map comes in
+// its place. What is wrong then: translations of what failed, and pages lost.
+std::uint64_t left_of_a_map_that_fails()
+{
+    Rig rig({.leaf_lg2_max = 12});
+    EXPECT_EQ(rig.enable(), 0);
+    Op &map = rig.submit_map(0, MiB, 0);
+    const auto deliver = rig.deliver;
+    rig.deliver = [](Op &) {};
+    DeathAt death(Point::map_leaf_stored, 100);
+    while (!death.came())
+        death.step(rig);
+    rig.present_steps = 0;
+    map.again = true;
+    rig.shard().submit(map);
+    EXPECT_TRUE(rig.run(map));
+    EXPECT_EQ(map.result, -ENOMEM);
+    Op &back = rig.submit_unmap(0, MiB);
+    back.again = true;
+    rig.shard().submit(back);
+    EXPECT_TRUE(rig.run(back));
+    EXPECT_EQ(back.result, 0);
+    const bool translates = rig.read(0, 0, 8).reason == iommu::FaultReason::none;
+    rig.present_steps = UINT64_MAX;
+    rig.deliver = deliver;
+    if (translates)
+        return 1;
+    EXPECT_EQ(rig.map(0, MiB, 2 * MiB), 0);
+    rig.restart();
+    EXPECT_TRUE(rig.settle());
+    rig.write(0, 3 * P, 8);
+    EXPECT_EQ(rig.sync(), 0);
+    return rig.lost();
+}
+
+TEST(SuccessorOfAMap, RollsItBack)
+{
+    EXPECT_EQ(left_of_a_map_that_fails(), 0u);
+    const Breaking breaking(Fault::begun_stays);
+    EXPECT_GT(left_of_a_map_that_fails(), 0u);
+}
+
 // All leaves are to be small, and those of a table that is being made for an earlier command are not: the owner dies before the record says
 // so. Pages that are lost.
 std::uint64_t lost_in_larger_leaves()

@@ -10,22 +10,19 @@
 
 namespace dirtyring::search {
 
-#define DIRTYRING_EVENTS(X)                                                                                            \
-    X(map_begins)                                                                                                      \
-    X(map_done)                                                                                                        \
-    X(map_refused)                                                                                                     \
-    X(unmap_now)                                                                                                       \
-    X(unmap_deferred)                                                                                                  \
-    X(unmap_discard) X(unmap_done) X(unmap_refused) X(unmap_again) X(split_begins) X(split_done) X(collapse_begins)    \
-        X(collapse_done) X(resize_refused) X(enable_begins) X(enable_done) X(enable_refused) X(disable_begins)         \
-            X(disable_done) X(disable_refused) X(sync_begins) X(sync_done) X(sync_refused) X(cancelled)                \
-                X(destroy_recorded) X(destroy_unrouted) X(destroy_cancelled) X(destroy_done) X(hwpt_made)              \
-                    X(attach_begins) X(attach_shard) X(attach_done) X(attach_refused) X(detach_begins) X(detach_shard) \
-                        X(detach_done) X(bury_shard) X(bury_reported) X(made_large) X(service_dies) X(service_returns) \
-                            X(home_returns) X(device_writes) X(device_reads) X(device_faults) X(device_stalls)         \
-                                X(device_dies) X(device_dies_marking) X(pin_taken) X(pin_closed) X(pin_landed)         \
-                                    X(pin_given_back) X(shard_sleeps) X(shard_wakes) X(consumer_sleeps)                \
-                                        X(consumer_called) X(vmm_sleeps) X(vmm_called)
+// clang-format off
+#define DIRTYRING_EVENTS(X) \
+    X(map_begins) X(map_done) X(map_refused) X(unmap_now) X(unmap_deferred) X(unmap_discard) X(unmap_done) \
+    X(unmap_refused) X(unmap_again) X(split_begins) X(split_done) X(collapse_begins) X(collapse_done) \
+    X(resize_refused) X(enable_begins) X(enable_done) X(enable_refused) X(disable_begins) X(disable_done) \
+    X(disable_refused) X(sync_begins) X(sync_done) X(sync_refused) X(cancelled) X(destroy_recorded) \
+    X(destroy_unrouted) X(destroy_cancelled) X(destroy_done) X(hwpt_made) X(attach_begins) X(attach_shard) \
+    X(attach_done) X(attach_refused) X(detach_begins) X(detach_shard) X(detach_done) X(bury_shard) \
+    X(bury_reported) X(made_large) X(service_dies) X(service_returns) X(home_returns) X(device_writes) \
+    X(device_reads) X(device_faults) X(device_stalls) X(device_dies) X(device_dies_marking) X(pin_taken) \
+    X(pin_closed) X(pin_landed) X(pin_given_back) X(shard_sleeps) X(shard_wakes) X(consumer_sleeps) \
+    X(consumer_called) X(vmm_sleeps) X(vmm_called)
+// clang-format on
 
 enum class Event {
 #define X(name) name,
@@ -33,16 +30,13 @@ enum class Event {
 #undef X
 };
 
-#define DIRTYRING_STATES(X)                                                                                       \
-    X(off)                                                                                                        \
-    X(enabling)                                                                                                   \
-    X(on)                                                                                                         \
-    X(disabling)                                                                                                  \
-    X(empty)                                                                                                      \
-    X(map_begun) X(mapped) X(unmapping) X(resizing) X(breaking) X(retired) X(map_out) X(unmap_now_out)            \
-        X(unmap_deferred_out) X(unmap_discard_out) X(pinned_unmap_out) X(split_out) X(collapse_out) X(enable_out) \
-            X(disable_out) X(sync_out) X(destroying) X(bury_owed) X(attaching) X(first_life) X(not_begun_again)   \
-                X(later_life)
+// clang-format off
+#define DIRTYRING_STATES(X) \
+    X(off) X(enabling) X(on) X(disabling) X(empty) X(map_begun) X(mapped) X(unmapping) X(resizing) X(breaking) \
+    X(retired) X(map_out) X(unmap_now_out) X(unmap_deferred_out) X(unmap_discard_out) X(pinned_unmap_out) \
+    X(split_out) X(collapse_out) X(enable_out) X(disable_out) X(sync_out) X(destroying) X(bury_owed) \
+    X(attaching) X(first_life) X(not_begun_again) X(later_life)
+// clang-format on
 
 enum class State {
 #define X(name) name,

@@ -1,5 +1,6 @@
 // Searches the states of the engine at random: tests/search/README.md.
 #include "tests/hook.hpp"
+#include "tests/oracle.hpp"
 #include "tests/search/fault_names.hpp"
 #include "tests/search/isolated.hpp"
 
@@ -9,6 +10,7 @@
 
 #include <fstream>
 #include <iterator>
+#include <thread>
 
 namespace {
 
@@ -117,7 +119,8 @@ int main(int argc, char **argv)
     Options options;
     CLI::App app{"Searches the states of the engine at random, in one thread; a seed repeats."};
     app.add_option("--seconds", options.hunt.seconds, "begin no schedule after so long");
-    app.add_option("--schedules", options.hunt.schedules, "at most so many");
+    app.add_option("--schedules", options.hunt.schedules,
+                   "at most so many; without either 3,000, or, with DIRTYRING_FULL, an hour on each processor");
     app.add_option("--jobs", options.hunt.jobs, "processes")->check(CLI::Range(1, 256));
     app.add_option("--seed", options.hunt.seed, "of the first schedule");
     app.add_flag("--one", options.one, "only that schedule, shortened");
@@ -135,8 +138,17 @@ int main(int argc, char **argv)
     } catch (const CLI::ParseError &e) {
         return app.exit(e) == 0 ? 0 : 2;
     }
-    if (options.one)
+    if (options.one) {
         options.hunt.schedules = 1;
+    } else if (app.count("--seconds") == 0 && app.count("--schedules") == 0) {
+        if (test::full_length()) {
+            options.hunt.seconds = 3600;
+            options.hunt.jobs = std::thread::hardware_concurrency();
+            options.coverage = true;
+        } else {
+            options.hunt.schedules = 3000;
+        }
+    }
     Coverage coverage;
     if (!options.replay.empty())
         return replay(options, coverage);
