@@ -45,18 +45,20 @@ Attributes::Attributes(Choices &choices)
     toggles = 1u << choices.next(5);
     wide = choices.one_in(3);
     head_start = static_cast<unsigned>(choices.next(3));
+    short_of_memory = choices.one_in(4) && space == DR_SPACE_OA;
 }
 
 std::string Attributes::text() const
 {
     return fmt::format(
         "format {}{}{}{}{}, split {}, bbml {}, space {}, {} shards of 2^{}, {} levels, leaves up to 2^{}, "
-        "ring {}, interval {} ns, {} commands, {} devices with {} pins, visits of {} lines and {} leaves{}{}{}{}{}",
+        "ring {}, interval {} ns, {} commands, {} devices with {} pins, visits of {} lines and {} leaves{}{}{}{}{}{}",
         format, always_on ? ", always on" : "", optional ? ", optional" : "", all_sizes ? ", all sizes" : "",
         collapse ? ", collapse" : "", static_cast<unsigned>(split), static_cast<unsigned>(how),
         space == DR_SPACE_OA ? "OA" : "IOVA", shards, slice_lg2, levels, leaf_lg2_max, capacity, min_interval_ns,
         commands, devices, pins, visit.lines, visit.leaves, mortal ? ", the service dies" : "",
         destroys ? ", hwpts are destroyed" : "", sleeps ? ", all sleep" : "",
+        short_of_memory ? ", short of memory" : "",
         gib    ? ", with a GiB"
         : wide ? ", wide"
                : "",

@@ -46,9 +46,10 @@ struct Attributes {
     bool destroys; // hwpts
     bool sleeps;   // everybody, whenever there is nothing to do
     unsigned resizes;
-    unsigned toggles;    // of tracking
-    bool wide;           // slice 0 has an area with so many tables that a pass takes many visits
-    unsigned head_start; // 1: everything is mapped and devices are attached; 2: and tracking is on
+    unsigned toggles;     // of tracking
+    bool wide;            // slice 0 has an area with so many tables that a pass takes many visits
+    bool short_of_memory; // for tables, now and then. OA space only: a map that fails has no epoch
+    unsigned head_start;  // 1: everything is mapped and devices are attached; 2: and tracking is on
 };
 
 // Where maps go: blocks of 4 MiB in each slice, the last one of which reaches into the next slice, or to the end of

@@ -32,12 +32,14 @@ std::optional<Finding> Run::run()
 {
     start_ahead();
     calm_ = false;
+    world_.short_of_memory = world_.attributes.short_of_memory;
     while (!world_.finding && world_.choices.begin_step()) {
         draw_gap();
         move();
         end_step();
     }
     calm_ = true;
+    world_.short_of_memory = false;
     if (!world_.finding)
         come_to_rest();
     end_step();

@@ -70,12 +70,12 @@ void Life::add_hwpt(bool restored)
         config.consumer = ring->peer();
         config.always_on = a.always_on;
         config.min_interval_ns = a.min_interval_ns;
-        config.backing = {[](std::uint64_t, std::uint64_t) { return 0; },
+        config.backing = {[this](std::uint64_t, std::uint64_t) { return world.make_present(); },
                           [&hwpt](std::uint64_t offset, std::uint64_t length) {
                               ::madvise(hwpt.tables.data() + offset, length, MADV_DONTNEED);
                           },
                           [&hwpt, i](std::uint64_t offset) { hwpt.large_wished.emplace_back(i, offset); }};
-        config.record = hwpt.slice_record(i);
+        config.record = hwpt.slice_record(i, [this] { return world.make_present(); });
         config.restored = restored;
         config.call = [this, ring, i] { calls[owner(i)].push_back(&ring->called); };
         shards.push_back(service::make_shard(a.format, std::move(config)));
@@ -87,7 +87,7 @@ void Life::add_hwpt(bool restored)
         return;
     std::vector<iommu::SliceRecord> slices;
     for (unsigned i = 0; i < a.shards; ++i)
-        slices.push_back(hwpt.slice_record(i));
+        slices.push_back(hwpt.slice_record(i, [] { return 0; }));
     commands->restore_extents(World::ioas, slices);
     for (const auto &[id, device] : world.devices) {
         for (const auto &shard : shards)

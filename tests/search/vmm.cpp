@@ -120,7 +120,6 @@ bool Vmm::submit(dr_command c, int expected)
         look_at_rings();
         for (const auto &ring : world_.hwpt->rings) {
             ring->quiet_from = UINT64_MAX;
-            ring->fresh_from = ring->mine()->head;
         }
     }
     if (c.opcode == DR_OP_MAP && expected == 0 && world_.hwpt) {

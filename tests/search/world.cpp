@@ -58,9 +58,10 @@ HwptWorld::HwptWorld(const Attributes &a, std::uint32_t number)
     }
 }
 
-iommu::SliceRecord HwptWorld::slice_record(unsigned shard)
+iommu::SliceRecord HwptWorld::slice_record(unsigned shard, std::function<int()> make_present)
 {
-    return {records[shard]->data(), geometry, [](std::uint64_t, std::uint64_t) { return 0; }};
+    return {records[shard]->data(), geometry,
+            [make = std::move(make_present)](std::uint64_t, std::uint64_t) { return make(); }};
 }
 
 World::World(Choices &drawn, Coverage &covered, bool telling)

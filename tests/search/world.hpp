@@ -88,7 +88,8 @@ struct HwptWorld {
     HwptWorld(const Attributes &a, std::uint32_t id);
     HwptWorld(const HwptWorld &) = delete;
 
-    [[nodiscard]] iommu::SliceRecord slice_record(unsigned shard);
+    // make_present: of its memory.
+    [[nodiscard]] iommu::SliceRecord slice_record(unsigned shard, std::function<int()> make_present);
     [[nodiscard]] dr_shard_control *control(unsigned shard) const
     {
         return reinterpret_cast<dr_shard_control *>(translation.data() + geometry.shard_controls) + shard;
@@ -167,6 +168,9 @@ class World
     bool copy(std::uint64_t oa, std::uint64_t length);
     void copy_all() { static_cast<void>(copy(0, plan.memory())); }
 
+    // 0, or -ENOMEM where memory is short and the schedule says so.
+    int make_present() { return short_of_memory && choices.one_in(8) ? -ENOMEM : 0; }
+
     Choices &choices;
     Coverage &coverage;
     Attributes attributes;
@@ -183,6 +187,7 @@ class World
     std::unique_ptr<HwptWorld> hwpt;
     std::vector<std::unique_ptr<HwptWorld>> gone;                   // destroyed: their consumers may still read
     std::map<std::uint32_t, std::unique_ptr<DeviceMemory>> devices; // that have a slot
+    bool short_of_memory = false;                                   // now
     bool kicked = false;                                            // the command ring
     bool vmm_called = false;
     std::uint64_t now = 1'000'000'000; // ns
