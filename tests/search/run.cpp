@@ -187,7 +187,10 @@ void Run::control()
     switch (world_.choices.next(8)) {
     case 0:
     case 1:
-        return devices_.attach();
+        // A worker serves nobody before its guests' command rings go on.
+        if (service_.alive() && service_.life().home_begun)
+            devices_.attach();
+        return;
     case 2:
     case 3:
     case 4:
