@@ -99,7 +99,8 @@ void HwptControl::make_large()
 {
     if (!world_.hwpt || world_.hwpt->large_wished.empty() || !service_.alive())
         return;
-    const auto [shard, offset] = world_.hwpt->large_wished.front();
+    const unsigned shard = world_.hwpt->large_wished.front().first;
+    const std::uint64_t offset = world_.hwpt->large_wished.front().second;
     if (!service_.is_free(Life::owner(shard)) || world_.hwpt->destroying)
         return;
     world_.hwpt->large_wished.pop_front();

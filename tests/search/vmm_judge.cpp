@@ -248,7 +248,8 @@ void Vmm::judge_sync(Flight &f, const dr_completion &c)
 
 template <class Visit> void Vmm::for_each_discarded(Visit visit) const
 {
-    for (const auto &[user_data, f] : flights_) {
+    for (const auto &flight : flights_) {
+        const Flight &f = flight.second;
         if (f.c.opcode != DR_OP_UNMAP || (f.c.flags & DR_UNMAP_DISCARD) == 0)
             continue;
         const auto part = [&](std::uint64_t start, std::uint64_t end, std::uint64_t oa) {
