@@ -208,7 +208,9 @@ void Control::device_detach(Connection &c)
     if (!read(c, request))
         return;
     const auto found = guests_.find(c.device_guest);
-    if (found == guests_.end() || found->second->devices.count(c.device) == 0) {
+    // Gone already, or being buried: its process has ended, but the socket lives on in another one.
+    if (found == guests_.end() || found->second->devices.count(c.device) == 0 ||
+        found->second->devices.at(c.device)->leaving) {
         c.role = Connection::Role::greeted;
         return reply(c.id, dr_empty{});
     }

@@ -124,6 +124,39 @@ TEST(ServiceDevice, KilledInASectionLeavesNoDescriptor)
     daemon.expect_no_descriptor_left();
 }
 
+// The service hears of the death and then reads the DETACH, while the shards bury the device.
+TEST(ServiceDevice, ThatDiedMayStillDetach)
+{
+    Daemon daemon;
+    Vm bystander(daemon);
+    TrackedGuest guest(daemon);
+    for (int i = 0; i < 20; ++i) {
+        int ends[2];
+        need(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), "socketpair");
+        const Peer here{Fd(ends[0])};
+        const Peer there{Fd(ends[1])};
+        const pid_t pid = need(::fork(), "fork");
+        if (pid == 0) {
+            ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+            Peer device(daemon);
+            device.hello().get<dr_device>(DR_DEVICE_ATTACH, new_device(guest.hwpt, guest.info.token));
+            there.send(Peer::message(0, {}), {device.socket()});
+            ::pause();
+        }
+        const Reply lent = here.receive();
+        ASSERT_EQ(lent.fds.size(), 1u);
+        const Peer device{Fd(::dup(lent.fds[0].get()))};
+        daemon.process().signal(SIGSTOP);
+        ::kill(pid, SIGKILL);
+        ::waitpid(pid, nullptr, 0);
+        device.send(Peer::message(DR_DEVICE_DETACH, payload_of(dr_empty{})));
+        daemon.process().signal(SIGCONT);
+        expect_done(device.receive());
+    }
+    bystander.expect_tracks();
+    EXPECT_TRUE(comes_true([&] { return guest.call(DR_DESTROY, dr_object{0, guest.hwpt}).error() == 0; }));
+}
+
 TEST(ServiceDevice, OutlivesItsGuest)
 {
     Daemon daemon;
