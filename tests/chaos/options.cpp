@@ -52,7 +52,6 @@ const std::map<std::string, Rule> rules{
     {"resumed_map_not_scanned", {Fault::resumed_map_not_scanned, Finding::loss}},
     {"commands_not_recorded", {Fault::commands_not_recorded, Finding::hang}},
     {"present_forgotten", {Fault::present_forgotten, Finding::loss}},
-    {"cleaned_for_good", {Fault::cleaned_for_good, Finding::loss}},
     {"epoch_at_submission", {Fault::epoch_at_submission, Finding::loss}},
     {"destroy_not_ended", {Fault::destroy_not_ended, Finding::hang}},
 };

@@ -108,6 +108,12 @@ void Devices::see_off()
         if ((d->stage == Stage::burying && d->shards.size() < world_.attributes.shards) || d->stage == Stage::leaving)
             return tell_shard(*d);
     }
+}
+
+void Devices::detach()
+{
+    if (!world_.hwpt || !service_.alive())
+        return;
     for (const auto &d : devices_) {
         if (d->stage == Stage::attached && !d->inside && !d->busy && d->pins.empty() && world_.choices.one_in(8)) {
             world_.say([&] { return fmt::format("device {} detaches", d->id); });

@@ -20,7 +20,7 @@ Devices::Devices(World &world, Oracle &oracle, Vmm &vmm, Service &service)
         for (const auto &d : devices_) {
             for (const InFlight &p : d->pins) {
                 if (d->stage == Stage::attached)
-                    all.push_back({p.iova, p.iova + Oracle::slot_size, p.time});
+                    all.push_back({p.iova, p.iova + Oracle::slot_size, p.time, p.write});
             }
         }
         return all;
@@ -89,6 +89,42 @@ std::uint64_t Devices::any_page(const Plan::Area &area)
                     : world_.choices.next(area.length / page_size);
 }
 
+// Where others are, or were just now.
+std::uint64_t Devices::busy_page(const Plan::Area *&area)
+{
+    Choices &choices = world_.choices;
+    if (choices.one_in(2)) {
+        for (const auto &d : devices_) {
+            for (const InFlight &p : d->pins) {
+                if (const Plan::Area *there = world_.plan.area_of(p.iova); there != nullptr && choices.one_in(2)) {
+                    area = there;
+                    return (p.iova - there->iova) / page_size;
+                }
+            }
+        }
+    }
+    if (last_area_ != nullptr)
+        area = last_area_;
+    return last_page_;
+}
+
+void Devices::others_go_on(bool write)
+{
+    for (std::size_t i = 0; i < devices_.size(); ++i) { // others may come and go within
+        Device &d = *devices_[i];
+        if (d.stage != Stage::attached || d.busy || d.inside || !world_.hwpt)
+            continue;
+        if (write && last_area_ != nullptr) {
+            enter(d);
+            as(d, [&] { this->write(d, *last_area_, last_page_); });
+            if (d.inside)
+                leave(d);
+        }
+        for (std::size_t n = 2 * d.pins.size(); !write && n > 0 && !d.pins.empty(); --n)
+            as(d, [&] { go_on(d); });
+    }
+}
+
 void Devices::act()
 {
     if (devices_.empty())
@@ -98,8 +134,9 @@ void Devices::act()
     if (d.stage != Stage::attached || d.busy || !world_.hwpt)
         return;
     const auto &areas = world_.plan.areas();
-    const Plan::Area &area =
-        world_.attributes.gib && choices.next(2) != 0 ? areas[0] : areas[choices.next(areas.size())];
+    const Plan::Area *area =
+        world_.attributes.gib && choices.next(2) != 0 ? areas.data() : &areas[choices.next(areas.size())];
+    const std::uint64_t page = choices.one_in(4) ? busy_page(area) : any_page(*area);
     const std::uint64_t kind = choices.next(32);
     if (kind == 31 && choices.one_in(4)) {
         world_.say([&] { return fmt::format("device {} dies", d.id); });
@@ -108,7 +145,7 @@ void Devices::act()
     }
     if (kind >= 20 && kind < 30 && !d.inside && world_.attributes.pins > 0) {
         if (d.pins.size() < 4 && choices.next(2) != 0)
-            as(d, [&] { pin(d, area, any_page(area)); });
+            as(d, [&] { pin(d, *area, page); });
         else if (!d.pins.empty())
             as(d, [&] { go_on(d); });
         return;
@@ -118,9 +155,9 @@ void Devices::act()
     if (kind < 20) {
         as(d, [&] {
             if (kind < 16)
-                write(d, area, any_page(area));
+                write(d, *area, page);
             else
-                read(d, area, any_page(area));
+                read(d, *area, page);
         });
     }
     if (d.inside && choices.next(4) != 3)
@@ -145,6 +182,8 @@ void Devices::write(Device &d, const Plan::Area &area, std::uint64_t page)
 {
     const std::uint64_t offset = page * page_size + Oracle::slot_at(d.number);
     const std::uint64_t iova = area.iova + offset;
+    last_area_ = &area;
+    last_page_ = page;
     for (const std::uint64_t oa : area.oas)
         world_.touch(oa + offset);
     std::uint64_t data[Oracle::slot_size / 8];
@@ -187,6 +226,8 @@ void Devices::pin(Device &d, const Plan::Area &area, std::uint64_t page)
 {
     const std::uint64_t iova = area.iova + page * page_size + Oracle::slot_at(d.number);
     const bool write = world_.choices.next(4) != 3;
+    last_area_ = &area;
+    last_page_ = page;
     InFlight p{0, write, iova, 0, {}, std::nullopt};
     iommu::DmaFault fault;
     d.entered = ++world_.time;

@@ -30,6 +30,11 @@ class Devices
     void act();     // one of them does some DMA, or stops, or dies
     void attach();  // a device comes, or gets a step further
     void see_off(); // a device that leaves or is dead gets a step further
+    void detach();  // perhaps one leaves
+    // A device stands within a step: others write the same page, or what they have pinned lands and is given back.
+    void others_go_on(bool write);
+    // The area that was written or pinned last.
+    [[nodiscard]] const Plan::Area *last_area() const { return last_area_; }
     void take_reports();
 
     // At the end: all that is in flight ends, and nobody is left between two steps. False: not yet.
@@ -48,6 +53,7 @@ class Devices
     [[nodiscard]] bool none_has_a_slot() const { return world_.devices.empty(); }
     [[nodiscard]] bool owed() const;
     [[nodiscard]] bool attaching() const;
+    [[nodiscard]] bool none() const { return devices_.empty(); }
     void service_died();
 
   private:
@@ -92,6 +98,7 @@ class Devices
     void go_on(Device &d);
     void judge_fault(const Device &d, const iommu::DmaFault &fault, std::uint64_t iova, bool write);
     [[nodiscard]] std::uint64_t any_page(const Plan::Area &area);
+    [[nodiscard]] std::uint64_t busy_page(const Plan::Area *&area);
     void tell_shard(Device &d);
     void release(Device &d);
 
@@ -101,6 +108,8 @@ class Devices
     Service &service_;
     std::vector<std::unique_ptr<Device>> devices_;
     Running *running_ = nullptr;
+    const Plan::Area *last_area_ = nullptr;
+    std::uint64_t last_page_ = 0;
 };
 
 } // namespace dirtyring::search

@@ -21,6 +21,7 @@ class Oracle
     explicit Oracle(World &world) : world_(world) {}
 
     std::uint64_t new_stamp() { return ++stamp_; }
+    [[nodiscard]] std::uint64_t newest_stamp() const { return stamp_; }
 
     // The write is over: it shall not be lost.
     void complete(unsigned device, std::uint64_t page, std::uint64_t stamp)
@@ -35,11 +36,14 @@ class Oracle
         std::uint64_t stamp;
     };
     using Snapshot = std::vector<Complete>;
-    [[nodiscard]] Snapshot completed() const
+    // Those with a later stamp than `since`.
+    [[nodiscard]] Snapshot completed(std::uint64_t since = 0) const
     {
         Snapshot all;
-        for (const auto &[key, stamp] : done_)
-            all.push_back({key.first, key.second, stamp});
+        for (const auto &[key, stamp] : done_) {
+            if (stamp > since)
+                all.push_back({key.first, key.second, stamp});
+        }
         return all;
     }
 

@@ -10,6 +10,7 @@ namespace {
 constexpr Point first_of_service = Point::walker_before_advance;
 constexpr unsigned depth_max = 2;
 constexpr unsigned patience = 5000; // rounds of everybody
+constexpr unsigned asleep_patience = 500;
 // Maps are long: others step in between every so many leaves.
 constexpr std::uint64_t leaves_between = 61;
 
@@ -90,23 +91,36 @@ void Run::interfere(Point p)
     if (p == Point::device_between_dirty_and_summary && depth_ < depth_max && devices_.may_die() &&
         world_.choices.one_in(vmm_.enabling() ? 4 : 24)) // rare otherwise, as leaves are clean only for a while
         throw DeviceDeath{};
-    if (depth_ >= depth_max || gap_ == 0 || --gap_ > 0)
+    if (depth_ >= depth_max)
+        return;
+    if ((p == Point::device_between_dirty_and_summary || p == Point::device_before_pin) && devices_.may_die() &&
+        world_.choices.one_in(12))
+        return step_in([&] { pass_by(p); });
+    if (gap_ == 0 || --gap_ > 0)
         return;
     if (of_service && world_.attributes.mortal && world_.choices.next(4) == 3) {
         world_.say([&] { return fmt::format("the service dies at point {}", static_cast<unsigned>(p)); });
         world_.coverage.died(p, world_.states(std::nullopt));
         throw ServiceDeath{};
     }
-    ++depth_;
-    Devices::Running *running = devices_.running();
-    devices_.set_running(nullptr);
-    for (std::uint64_t n = world_.choices.next(5) + 1; n > 0 && !world_.finding; --n)
-        move();
-    devices_.set_running(running);
-    --depth_;
+    step_in([&] {
+        for (std::uint64_t n = world_.choices.next(5) + 1; n > 0 && !world_.finding; --n)
+            move();
+    });
     draw_gap();
     if (of_service && service_.dying())
         throw ServiceDeath{};
+}
+
+// Within a step of somebody else.
+template <class Steps> void Run::step_in(Steps steps)
+{
+    ++depth_;
+    Devices::Running *running = devices_.running();
+    devices_.set_running(nullptr);
+    steps();
+    devices_.set_running(running);
+    --depth_;
 }
 
 void Run::move()
@@ -119,8 +133,12 @@ void Run::move()
         return serve();
     if (kind < 42)
         return devices_.act();
-    if (kind < 48)
-        return vmm_.submit_any();
+    if (kind < 48) {
+        vmm_.submit_any();
+        if (choices.one_in(8))
+            hurry();
+        return;
+    }
     if (kind < 52)
         return vmm_.reap(choices.next(2) == 0 ? UINT64_MAX : choices.next(3) + 1);
     if (kind < 54) {
@@ -180,6 +198,40 @@ void Run::see_off()
     devices_.take_reports();
     for (std::uint64_t n = world_.choices.next(4) + 1; n > 0; --n)
         devices_.see_off();
+    devices_.detach();
+}
+
+// The service and the VMM go on; devices stand still.
+void Run::hurry()
+{
+    for (unsigned round = 0; round < 8 && service_.alive() && world_.hwpt && !world_.finding; ++round) {
+        service_.step_home();
+        for (unsigned shard = 0; shard < world_.attributes.shards && service_.alive(); ++shard)
+            service_.step_shard(shard);
+        vmm_.drain_all();
+        vmm_.reap();
+    }
+}
+
+// A device stands between D and the summary, or before it takes a pin.
+void Run::pass_by(Point p)
+{
+    if (p == Point::device_before_pin) {
+        if (devices_.last_area() != nullptr)
+            vmm_.submit_unmap(*devices_.last_area());
+        return hurry();
+    }
+    if (world_.choices.one_in(2))
+        devices_.others_go_on(true);
+    if (vmm_.submit_sync())
+        world_.say([] { return "in between"; });
+    if (world_.choices.one_in(2)) {
+        service_.step_home();
+        for (unsigned shard = 0; shard < world_.attributes.shards && service_.alive(); ++shard)
+            service_.step_shard(shard);
+        devices_.others_go_on(false);
+    }
+    hurry();
 }
 
 void Run::control()
@@ -207,6 +259,21 @@ bool Run::all_quiet()
     return vmm_.idle();
 }
 
+// Who comes or goes gets a step further. No more: a device that attaches or detaches wakes every shard.
+void Run::finish_changes()
+{
+    devices_.take_reports();
+    devices_.see_off();
+    if (world_.hwpt && !world_.hwpt->destroying) {
+        if (devices_.attaching() || devices_.none())
+            devices_.attach();
+    } else if (world_.hwpt) {
+        hwpts_.destroy();
+    } else {
+        hwpts_.make();
+    }
+}
+
 // Goes on as everybody would who is asleep unless something calls.
 bool Run::settle_all(bool (Run::*over)())
 {
@@ -214,14 +281,7 @@ bool Run::settle_all(bool (Run::*over)())
         const std::uint64_t until = service_.settle();
         vmm_.drain_all();
         vmm_.reap();
-        devices_.take_reports();
-        devices_.see_off();
-        if (world_.hwpt && !world_.hwpt->destroying)
-            devices_.attach();
-        else if (world_.hwpt)
-            hwpts_.destroy();
-        else
-            hwpts_.make();
+        finish_changes();
         const bool rest = world_.hwpt && devices_.come_to_rest();
         if (rest && (this->*over)())
             return true;
@@ -254,7 +314,11 @@ void Run::come_to_rest()
         if (!vmm_.enabled() && optional)
             return; // there is a device that cannot be tracked
     }
+    const std::uint64_t before = oracle_.newest_stamp();
     devices_.write_everywhere();
+    if (world_.finding)
+        return;
+    expect_reported(oracle_.completed(before));
     if (world_.finding)
         return;
     if (!vmm_.submit_sync())
@@ -263,6 +327,23 @@ void Run::come_to_rest()
         return world_.wrong("hang", "a SYNC at the end never ends: " + vmm_.describe());
     if (world_.hwpt->retained.retained() != 0)
         world_.wrong("epoch", "a map waits for the marker of its UNMAP, which never comes");
+}
+
+// Without a SYNC: the bells are enough.
+void Run::expect_reported(const Oracle::Snapshot &written)
+{
+    const auto nothing = [](std::uint64_t) { return false; };
+    for (unsigned round = 0; oracle_.missing(written, nothing); ++round) {
+        if (round == asleep_patience) {
+            const Oracle::Complete late = *oracle_.missing(written, nothing);
+            return world_.wrong("asleep",
+                                fmt::format("write {} of device {} to OA page {:#x} is not reported before a SYNC",
+                                            late.stamp, late.device, late.page));
+        }
+        settle_all(&Run::all_quiet);
+        if (world_.finding)
+            return;
+    }
 }
 
 std::uint64_t Run::states(std::optional<std::uint64_t> iova) const

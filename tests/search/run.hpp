@@ -36,10 +36,15 @@ class Run
     void see_off();
     void control();
     void interfere(Point p);
+    void pass_by(Point p);
+    void hurry();
+    template <class Steps> void step_in(Steps steps);
     void draw_gap();
     void end_step();
     void start_ahead();
     void come_to_rest();
+    void expect_reported(const Oracle::Snapshot &written);
+    void finish_changes();
     bool settle_all(bool (Run::*over)());
     bool all_quiet();
     [[nodiscard]] std::uint64_t states(std::optional<std::uint64_t> iova) const;

@@ -392,16 +392,24 @@ void Vmm::drain(HwptWorld &hwpt, unsigned which, std::uint64_t most)
     ring.called = false;
     ring.look();
     world_.say([&] { return fmt::format("the VMM reads ring {} of hwpt {}", which, hwpt.id); });
-    for (std::uint64_t n = 0; n < std::min(most, ring.capacity);) {
+    for (most = std::min(most, ring.capacity); most > 0;) {
         const std::uint64_t index = ring.reader.tail();
-        const auto entries = ring.reader.peek(std::min(most, ring.capacity) - n);
-        if (entries.empty())
+        std::uint64_t taken = 0;
+        bool marker = false;
+        while (taken < most && !marker) {
+            const auto next = ring.reader.peek(1);
+            if (next.empty())
+                break;
+            marker = dr_is_marker(next[0]) && dr_marker_kind(next[0]) == DR_MARKER_SYNC;
+            take(hwpt, which, next[0], index + taken++);
+        }
+        if (taken == 0)
             break;
-        for (std::size_t i = 0; i < entries.size(); ++i)
-            take(hwpt, which, entries[i], index + i);
-        n += entries.size();
-        if (ring.reader.release(entries.size()))
+        most -= taken;
+        if (ring.reader.release(taken))
             ring.rung = true;
+        if (marker)
+            reap(); // the copy is looked at before it takes in more
     }
     judge_markers();
 }

@@ -28,7 +28,9 @@ class Vmm
     void sleep();
     void sleep_at(DirtyRing &ring);
 
-    // Commands of its own at the end; false: no room now.
+    // Of a whole area or less of it, or of what is mapped there.
+    bool submit_unmap(const Plan::Area &area);
+    // False: no room now.
     bool submit_enable();
     bool submit_sync();
     // All of an area; of a GiB all but the end.
@@ -60,6 +62,7 @@ class Vmm
         std::uint64_t start;
         std::uint64_t end;
         std::uint64_t time; // taken
+        bool write;
     };
     std::function<std::vector<HeldPin>()> held_pins; // of devices that live
 
@@ -99,7 +102,6 @@ class Vmm
     [[nodiscard]] static bool meet(const Flight &a, const Flight &b);
     bool submit(dr_command c, int expected = 0);
     bool submit_map();
-    bool submit_unmap(const Plan::Area &area);
     bool submit_resize();
     bool submit_wrong();
     bool submit_rest(const Flight &f, std::uint64_t done);
@@ -111,6 +113,7 @@ class Vmm
     void judge_epoch(const Flight &f, const dr_completion &c);
     void judge_tracking(const Flight &f, const dr_completion &c);
     void judge_sync(Flight &f, const dr_completion &c);
+    void judge_pins(const Flight &f, std::uint64_t upto);
     void judge_markers();
     void take(HwptWorld &hwpt, unsigned ring, std::uint64_t entry, std::uint64_t index);
     void look_at_rings();

@@ -138,10 +138,7 @@ void Vmm::judge_unmap(const Flight &f, const dr_completion &c)
         return world_.wrong("result", fmt::format("an UNMAP of {:#x} bytes completes with {} and done {:#x}", length,
                                                   c.result, c.done));
     const std::uint64_t upto = f.c.iova + std::min(c.done, length);
-    for (const HeldPin &pin : held_pins()) {
-        if (pin.time < f.time && pin.start < upto && f.c.iova < pin.end && maps_.first_in(pin.start, pin.end))
-            world_.wrong("unmapped under a pin", fmt::format("{:#x} is pinned, and its UNMAP completes", pin.start));
-    }
+    judge_pins(f, upto);
     judge_epoch(f, c);
     for (auto e = maps_.first_in(f.c.iova, upto); e; e = maps_.first_in(f.c.iova, upto)) {
         const std::uint64_t from = std::max(e->start, f.c.iova);
@@ -166,6 +163,19 @@ void Vmm::judge_unmap(const Flight &f, const dr_completion &c)
         }
         if (world_.choices.next(2) != 0)
             submit_rest(f, c.done);
+    }
+}
+
+// Nobody holds a pin on it, but of a map that came behind this UNMAP.
+void Vmm::judge_pins(const Flight &f, std::uint64_t upto)
+{
+    for (const HeldPin &pin : held_pins()) {
+        const bool old = pin.time < f.time || std::none_of(flights_.begin(), flights_.end(), [&](const auto &later) {
+                             const Flight &m = later.second;
+                             return m.c.opcode == DR_OP_MAP && m.c.iova < pin.end && pin.start < m.end;
+                         });
+        if (old && pin.start < upto && f.c.iova < pin.end && maps_.first_in(pin.start, pin.end))
+            world_.wrong("unmapped under a pin", fmt::format("{:#x} is pinned, and its UNMAP completes", pin.start));
     }
 }
 
@@ -242,6 +252,11 @@ void Vmm::judge_sync(Flight &f, const dr_completion &c)
             world_.wrong("sync marker", fmt::format("ring {} has no marker of SYNC {}", i, f.c.cookie));
         else if (marker->second > 1 && f.lives == world_.lives)
             world_.wrong("sync marker", fmt::format("ring {} has two markers of SYNC {}", i, f.c.cookie));
+    }
+    for (const HeldPin &pin : held_pins()) { // S-13
+        if (pin.write && pin.time < f.time && maps_.first_in(pin.start, pin.end))
+            world_.wrong("synced under a pin",
+                         fmt::format("{:#x} is pinned for writing, and SYNC {} completes", pin.start, f.c.cookie));
     }
     waiting_.push_back({f.c.cookie, f.tracked, f.disables, std::move(f.before)});
 }
