@@ -21,7 +21,7 @@ Attributes::Attributes(Choices &choices)
     optional = optional && !by_itself;
     always_on = always_on && !optional;
     how = breaks ? how : iommu::Break::none;
-    slice_lg2 = gib ? 31 : 30;
+    slice_lg2 = gib ? 32 : 30;
     const unsigned needed =
         std::max(fewest_levels, iommu::levels_needed(slice_lg2 + static_cast<unsigned>(std::countr_zero(shards))));
     levels = std::min(needed + static_cast<unsigned>(choices.next(2)), most_levels);
@@ -40,23 +40,31 @@ Attributes::Attributes(Choices &choices)
     mortal = choices.one_in(2);
     destroys = choices.one_in(4);
     sleeps = choices.one_in(2);
-    constexpr unsigned often[] = {0, 2, 8, 8};
+    constexpr unsigned often[] = {0, 2, 8, 24};
     resizes = often[choices.next(4)];
     toggles = 1u << choices.next(5);
     wide = choices.one_in(3);
     head_start = static_cast<unsigned>(choices.next(3));
     short_of_memory = choices.one_in(4) && space == DR_SPACE_OA;
+    slow = static_cast<unsigned>(choices.next(8)) - 4; // more than there are shards, mostly
+    constexpr Reader readers[] = {Reader::steady, Reader::steady, Reader::waits, Reader::lazy};
+    reader = readers[choices.next(4)];
+    if (reader == Reader::lazy)
+        capacity = 8;
 }
 
 std::string Attributes::text() const
 {
     return fmt::format(
         "format {}{}{}{}{}, split {}, bbml {}, space {}, {} shards of 2^{}, {} levels, leaves up to 2^{}, "
-        "ring {}, interval {} ns, {} commands, {} devices with {} pins, visits of {} lines and {} leaves{}{}{}{}{}{}",
+        "ring {}{}, interval {} ns, {} commands, {} devices with {} pins, visits of {} lines and {} leaves{}{}{}{}{}{}",
         format, always_on ? ", always on" : "", optional ? ", optional" : "", all_sizes ? ", all sizes" : "",
         collapse ? ", collapse" : "", static_cast<unsigned>(split), static_cast<unsigned>(how),
-        space == DR_SPACE_OA ? "OA" : "IOVA", shards, slice_lg2, levels, leaf_lg2_max, capacity, min_interval_ns,
-        commands, devices, pins, visit.lines, visit.leaves, mortal ? ", the service dies" : "",
+        space == DR_SPACE_OA ? "OA" : "IOVA", shards, slice_lg2, levels, leaf_lg2_max, capacity,
+        reader == Reader::lazy    ? ", seldom read"
+        : reader == Reader::waits ? ", not read beyond a marker"
+                                  : "",
+        min_interval_ns, commands, devices, pins, visit.lines, visit.leaves, mortal ? ", the service dies" : "",
         destroys ? ", hwpts are destroyed" : "", sleeps ? ", all sleep" : "",
         short_of_memory ? ", short of memory" : "",
         gib    ? ", with a GiB"
@@ -69,6 +77,8 @@ std::string Attributes::text() const
 
 Plan::Plan(const Attributes &a)
 {
+    // Of the places in the guest's memory: so that any leaf fits, or one of 64 KiB, or only small ones.
+    constexpr std::uint64_t shifts[] = {0, 0, 16 * page_size, 3 * page_size};
     const std::uint64_t slice = 1ull << a.slice_lg2;
     aperture_ = slice * a.shards;
     for (std::uint64_t start = 0; start < aperture_; start += slice) {
@@ -80,23 +90,19 @@ Plan::Plan(const Attributes &a)
     }
     const std::size_t n = areas_.size();
     for (std::size_t i = 0; i < n; ++i) {
-        for (unsigned place = 0; place < places; ++place) {
-            // The last place is shifted, so that only small leaves fit.
-            areas_[i].oas.push_back((i + 5 * place) % n * block_size + (place == places - 1 ? 3 * page_size : 0));
-        }
+        for (std::size_t place = 0; place < std::size(shifts); ++place)
+            areas_[i].oas.push_back((i + 5 * place) % n * block_size + shifts[place]);
     }
     memory_ = (n + 1) * block_size;
     if (a.wide) { // leaves of 4 KiB here, too
-        areas_.push_back({256 * MiB + (a.gib ? GiB : 0), 128 * MiB, {memory_ + page_size}});
+        areas_.push_back({256 * MiB, 128 * MiB, {memory_ + page_size}});
         memory_ += 130 * MiB;
     }
-    if (a.gib) { // leaves of 4 KiB, whatever the attributes say
+    if (a.gib) { // leaves of 4 KiB, whatever the attributes say; or a leaf of 1 GiB
         memory_ = GiB;
-        areas_.push_back({0, GiB, {memory_ + page_size}});
-        // The blocks of slice 0 lie behind it.
-        for (std::size_t i = 0; i < 2; ++i)
-            areas_[i].iova += GiB + 64 * MiB;
-        std::rotate(areas_.begin(), areas_.end() - 1, areas_.end());
+        areas_.insert(areas_.begin(), {aperture_ - slice + GiB, GiB, {memory_ + page_size}});
+        if (a.leaf_lg2_max == 30)
+            areas_[0].oas.push_back(memory_);
         memory_ += GiB + 2 * MiB;
     }
 }

@@ -18,12 +18,15 @@ inline constexpr std::uint64_t GiB = 1ull << 30;
 inline constexpr std::uint64_t block_size = 4 * MiB;
 inline constexpr std::uint64_t block_pages = block_size / page_size;
 
+// How the VMM reads dirty rings: as it comes; behind the marker of a SYNC no further before that completes; seldom, so that they fill.
+enum class Reader { steady, waits, lazy };
+
 struct Attributes {
     explicit Attributes(Choices &choices);
     [[nodiscard]] std::string text() const;
 
     unsigned format;
-    bool gib; // there is a GiB that one command maps all but the end of
+    bool gib; // the last slice has a GiB, which one command maps, or all but its end
     bool always_on;
     bool optional; // tracking: devices that cannot set D may attach
     bool all_sizes;
@@ -44,24 +47,22 @@ struct Attributes {
     // How many in 64 of their chances are taken.
     bool mortal;   // the service dies
     bool destroys; // hwpts
+    unsigned slow; // a shard that takes few steps, if there is one of this number
     bool sleeps;   // everybody, whenever there is nothing to do
     unsigned resizes;
     unsigned toggles;     // of tracking
     bool wide;            // slice 0 has an area with so many tables that a pass takes many visits
     bool short_of_memory; // for tables, now and then. OA space only: a map that fails has no epoch
-    unsigned head_start;  // 1: everything is mapped and devices are attached; 2: and tracking is on
+    Reader reader;
+    unsigned head_start; // 1: everything is mapped and devices are attached; 2: and tracking is on
 };
 
-// Where maps go: blocks of 4 MiB in each slice, the last one of which reaches into the next slice, or to the end of
-// the space, and one
-// GiB. Each block has a few places in the guest's memory and shares each with others, so that remaps and aliases
-// happen all the time,
-// yet a device can find out where its write went.
+// Where maps go: blocks of 4 MiB in each slice, the last one of which reaches into the next slice, or to the end of the space, and
+// one GiB. Each block has a few places in the guest's memory and shares each with others, so that remaps and aliases happen all the
+// time, yet a device can find out where its write went.
 class Plan
 {
   public:
-    static constexpr unsigned places = 3;
-
     explicit Plan(const Attributes &a);
 
     struct Area {

@@ -2,11 +2,13 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <bit>
 #include <fstream>
-#include <map>
 #include <sstream>
+#include <string_view>
 #include <sys/mman.h>
+#include <utility>
 
 namespace dirtyring::search {
 
@@ -36,10 +38,12 @@ std::string short_number(std::uint32_t n)
     return n == 0 ? "." : n < 1000 ? std::to_string(n) : n < 1'000'000 ? fmt::format("{}k", n / 1000) : "M";
 }
 
-// Patterns may be "*".
-std::map<std::pair<std::string, std::string>, std::string> explained(const std::string &path)
+// Event and state; "*" at the end of either stands for any end.
+using Pattern = std::pair<std::string, std::string>;
+
+std::vector<Pattern> explained(const std::string &path)
 {
-    std::map<std::pair<std::string, std::string>, std::string> reasons;
+    std::vector<Pattern> patterns;
     std::ifstream file(path);
     for (std::string line; std::getline(file, line);) {
         std::istringstream words(line);
@@ -47,9 +51,14 @@ std::map<std::pair<std::string, std::string>, std::string> explained(const std::
         std::string state;
         std::string reason;
         if (words >> event >> state && event[0] != '#' && std::getline(words, reason))
-            reasons[{event, state}] = reason;
+            patterns.emplace_back(event, state);
     }
-    return reasons;
+    return patterns;
+}
+
+bool matches(const std::string &pattern, std::string_view name)
+{
+    return pattern.ends_with('*') ? name.starts_with(pattern.substr(0, pattern.size() - 1)) : name == pattern;
 }
 
 } // namespace
@@ -75,7 +84,7 @@ void Coverage::count(std::size_t row, std::uint64_t states)
 
 void Coverage::print(const std::string &unreachable) const
 {
-    const auto reasons = explained(unreachable);
+    const std::vector<Pattern> patterns = explained(unreachable);
     for (std::size_t s = 0; s < states; ++s)
         fmt::print("{:>32} {}\n", fmt::format("{}", s + 1), state_names[s]);
     fmt::print("{:>32} {:>5}", "", "all");
@@ -87,9 +96,10 @@ void Coverage::print(const std::string &unreachable) const
     std::string list;
     for (std::size_t row = 0; row < rows; ++row) {
         const std::atomic<std::uint32_t> *counts = counts_ + row * columns;
-        const auto reason = [&](const std::string &state) {
-            return reasons.contains({row_names[row], state}) || reasons.contains({row_names[row], "*"}) ||
-                   reasons.contains({"*", state});
+        const auto reason = [&](const char *state) {
+            return std::any_of(patterns.begin(), patterns.end(), [&](const Pattern &p) {
+                return matches(p.first, row_names[row]) && matches(p.second, state);
+            });
         };
         fmt::print("{:>32} {:>5}", row_names[row], short_number(counts[states].load()));
         std::string missing;

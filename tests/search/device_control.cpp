@@ -115,7 +115,8 @@ void Devices::detach()
     if (!world_.hwpt || !service_.alive())
         return;
     for (const auto &d : devices_) {
-        if (d->stage == Stage::attached && !d->inside && !d->busy && d->pins.empty() && world_.choices.one_in(8)) {
+        if (d->stage == Stage::attached && !d->inside && !d->busy && d->pins.empty() &&
+            world_.choices.one_in(world_.attributes.destroys ? 2 : 8)) {
             world_.say([&] { return fmt::format("device {} detaches", d->id); });
             world_.met(Event::detach_begins);
             d->stage = Stage::leaving;

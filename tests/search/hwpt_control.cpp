@@ -26,7 +26,9 @@ void HwptControl::destroy()
         return;
     HwptWorld &hwpt = *world_.hwpt;
     if (!hwpt.destroying) {
-        if (!world_.attributes.destroys || !devices_.none_has_a_slot() || world_.choices.next(4) != 3)
+        // A worker serves nobody before its guests' command rings go on.
+        if (!world_.attributes.destroys || !devices_.none_has_a_slot() || !service_.life().home_begun ||
+            world_.choices.next(4) != 3)
             return;
         world_.say([&] { return fmt::format("hwpt {} is to be destroyed", hwpt.id); });
         hwpt.destroying = true;

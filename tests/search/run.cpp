@@ -2,6 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <iterator>
+
 namespace dirtyring::search {
 
 namespace {
@@ -13,6 +16,16 @@ constexpr unsigned patience = 5000; // rounds of everybody
 constexpr unsigned asleep_patience = 500;
 // Maps are long: others step in between every so many leaves.
 constexpr std::uint64_t leaves_between = 61;
+
+// Points that few schedules come by.
+bool is_rare(Point p)
+{
+    constexpr Point rare[] = {Point::unmap_replica_taken, Point::unmap_marked,  Point::split_replica,
+                              Point::split_replicas,      Point::split_limited, Point::split_broken,
+                              Point::collapse_swapped,    Point::collapse_read, Point::collapse_finished,
+                              Point::enable_cleaned,      Point::ring_ended,    Point::death_marked};
+    return std::find(std::begin(rare), std::end(rare), p) != std::end(rare);
+}
 
 } // namespace
 
@@ -96,13 +109,12 @@ void Run::interfere(Point p)
     if ((p == Point::device_between_dirty_and_summary || p == Point::device_before_pin) && devices_.may_die() &&
         world_.choices.one_in(12))
         return step_in([&] { pass_by(p); });
+    if (is_rare(p) && world_.attributes.mortal && world_.choices.one_in(16))
+        die(p);
     if (gap_ == 0 || --gap_ > 0)
         return;
-    if (of_service && world_.attributes.mortal && world_.choices.next(4) == 3) {
-        world_.say([&] { return fmt::format("the service dies at point {}", static_cast<unsigned>(p)); });
-        world_.coverage.died(p, world_.states(std::nullopt));
-        throw ServiceDeath{};
-    }
+    if (of_service && world_.attributes.mortal && world_.choices.next(4) == 3)
+        die(p);
     step_in([&] {
         for (std::uint64_t n = world_.choices.next(5) + 1; n > 0 && !world_.finding; --n)
             move();
@@ -110,6 +122,13 @@ void Run::interfere(Point p)
     draw_gap();
     if (of_service && service_.dying())
         throw ServiceDeath{};
+}
+
+void Run::die(Point p)
+{
+    world_.say([&] { return fmt::format("the service dies at point {}", static_cast<unsigned>(p)); });
+    world_.coverage.died(p, world_.states(std::nullopt));
+    throw ServiceDeath{};
 }
 
 // Within a step of somebody else.
@@ -142,9 +161,10 @@ void Run::move()
     if (kind < 52)
         return vmm_.reap(choices.next(2) == 0 ? UINT64_MAX : choices.next(3) + 1);
     if (kind < 54) {
-        if (world_.hwpt)
+        const bool lazy = world_.attributes.reader == Reader::lazy;
+        if (world_.hwpt && (!lazy || choices.one_in(4)))
             vmm_.drain(*world_.hwpt, static_cast<unsigned>(choices.next(world_.attributes.shards)),
-                       choices.next(2) == 0 ? UINT64_MAX : choices.next(3) + 1);
+                       !lazy && choices.next(2) == 0 ? UINT64_MAX : choices.next(3) + 1);
         return;
     }
     if (kind < 60)
@@ -181,6 +201,8 @@ void Run::serve()
     const std::uint64_t kind = choices.next(8);
     if (kind < 5) {
         const auto shard = static_cast<unsigned>(choices.next(world_.attributes.shards));
+        if (shard == world_.attributes.slow && !choices.one_in(8))
+            return;
         // While ENABLE cleans, others shall come in between.
         const std::uint64_t most = vmm_.enabling() ? 1 : world_.attributes.gib && choices.next(2) != 0 ? 64 : 6;
         const std::uint64_t steps = choices.next(most) + 1;
@@ -208,7 +230,8 @@ void Run::hurry()
         service_.step_home();
         for (unsigned shard = 0; shard < world_.attributes.shards && service_.alive(); ++shard)
             service_.step_shard(shard);
-        vmm_.drain_all();
+        if (world_.attributes.reader != Reader::lazy)
+            vmm_.drain_all();
         vmm_.reap();
     }
 }

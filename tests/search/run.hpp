@@ -37,6 +37,7 @@ class Run
     void control();
     void interfere(Point p);
     void pass_by(Point p);
+    [[noreturn]] void die(Point p); // the service
     void hurry();
     template <class Steps> void step_in(Steps steps);
     void draw_gap();

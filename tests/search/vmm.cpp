@@ -149,6 +149,8 @@ void Vmm::choose_range(const Plan::Area &area, std::uint64_t &from, std::uint64_
     length = area.length;
     if (area.length > block_size) {
         switch (choices.next(8)) {
+        case 5:
+            return;
         case 6:
             from = area.length - 2 * MiB;
             length = 2 * MiB;
@@ -194,9 +196,9 @@ void Vmm::submit_any()
         const bool disable = enabled_ != choices.one_in(8);
         submit({0, static_cast<std::uint32_t>(disable ? DR_OP_DISABLE : DR_OP_ENABLE), 0, world_.hwpt->id, 0, 0, 0, 0,
                 0, 0});
-    } else if (kind < 16 + a.resizes && kind >= 16) {
+    } else if (kind >= 16 && kind < 16 + a.resizes) {
         submit_resize();
-    } else if (kind >= 24 && kind < 34) {
+    } else if (kind >= 40 && kind < 50) {
         submit_sync();
     } else if (kind == 63) {
         submit_wrong();
@@ -302,6 +304,10 @@ bool Vmm::submit_resize()
     std::uint64_t from = 0;
     std::uint64_t length = 0;
     choose_range(area, from, length);
+    if (choices.one_in(4)) { // from within a leaf
+        from = choices.next(16) * page_size;
+        length = area.length - from;
+    }
     const Attributes &a = world_.attributes;
     const unsigned largest = std::min(a.leaf_lg2_max, iommu::entry_lg2(world_.hwpt->geometry.root_level));
     constexpr unsigned sizes[] = {12, 21, 30, 13, 16, 25};
@@ -380,6 +386,15 @@ void Vmm::sleep_at(DirtyRing &ring)
         world_.met(Event::consumer_sleeps);
 }
 
+bool Vmm::waits_at(const DirtyRing &ring) const
+{
+    return world_.attributes.reader == Reader::waits &&
+           std::any_of(flights_.begin(), flights_.end(), [&](const auto &f) {
+               return f.second.c.opcode == DR_OP_SYNC && f.second.expected == 0 &&
+                      ring.read.contains(f.second.c.cookie);
+           });
+}
+
 void Vmm::drain(HwptWorld &hwpt, unsigned which, std::uint64_t most)
 {
     DirtyRing &ring = *hwpt.rings[which];
@@ -392,7 +407,7 @@ void Vmm::drain(HwptWorld &hwpt, unsigned which, std::uint64_t most)
     ring.called = false;
     ring.look();
     world_.say([&] { return fmt::format("the VMM reads ring {} of hwpt {}", which, hwpt.id); });
-    for (most = std::min(most, ring.capacity); most > 0;) {
+    for (most = std::min(most, ring.capacity); most > 0 && !waits_at(ring);) {
         const std::uint64_t index = ring.reader.tail();
         std::uint64_t taken = 0;
         bool marker = false;

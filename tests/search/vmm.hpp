@@ -101,6 +101,8 @@ class Vmm
     [[nodiscard]] bool loose(const Flight &f) const;
     [[nodiscard]] static bool meet(const Flight &a, const Flight &b);
     bool submit(dr_command c, int expected = 0);
+    // It has read the marker of a SYNC that is in flight, and reads on when that has completed.
+    [[nodiscard]] bool waits_at(const DirtyRing &ring) const;
     bool submit_map();
     bool submit_resize();
     bool submit_wrong();
