@@ -64,6 +64,8 @@ namespace dirtyring {
     X(restart_without_call) /* consumers are not called */ \
     X(restart_opens_early) /* what was closed can be pinned before everything is advanced */ \
     X(resumed_map_not_scanned) /* what devices wrote through a map before it was interrupted is left to the summary */ \
+    X(failed_map_not_scanned) /* the same, of a map that is done again in vain, is left to its roll-back */ \
+    X(failed_map_is_whole) /* nor does the record say that it is not whole */ \
     X(sync_marks_again) /* a sync that a restart does again waits for room, though its marker is there */ \
     X(cut_not_noted) /* an unmap that ended for want of room goes on after a restart, behind its marker */ \
     X(commands_not_recorded) /* a command that is taken is not recorded before it is begun */ \

@@ -138,13 +138,15 @@ template <Format F> class Slice
         point(Point::map_recorded);
     }
 
-    // Maps of [start, end) that had begun before a restart do not go on: what there is of them is taken out as of any map.
-    void give_up_begun(std::uint64_t start, std::uint64_t end)
+    // Maps of [start, end) that had begun before a restart do not go on: what there is of them is swept, and taken out, as of any map.
+    // for_good: nor do they after another restart.
+    void give_up_begun(std::uint64_t start, std::uint64_t end, bool for_good)
     {
         std::erase_if(begun_, [&](const Extent &e) {
             if (e.start >= end || e.end <= start)
                 return false;
-            record_.set_whole(e.tag);
+            if (for_good)
+                record_.set_whole(e.tag);
             extents_.insert(e);
             return true;
         });

@@ -549,8 +549,11 @@ template <iommu::Format F> class ShardOf final : public Shard
             const int error = slice_.reserve(op.start, op.end, op.oa);
             if (error == -EAGAIN)
                 return;
-            if (error != 0)
+            if (error != 0) {
+                if (op.again && !fault(Fault::failed_map_not_scanned))
+                    scan_begun(op);
                 return finish(op, error);
+            }
             slice_.record({op.start, op.end, op.oa, op.rights}, op.continues);
             extents_changed();
         }
@@ -569,6 +572,16 @@ template <iommu::Format F> class ShardOf final : public Shard
         finish(op, 0);
     }
 
+    // A map that a restart does again fails: until it is rolled back it is mapped as far as it had come, and syncs report it. The roll-back
+    // is not recorded yet: another restart does the map again.
+    void scan_begun(const ShardOp &op)
+    {
+        slice_.give_up_begun(op.start, op.end, fault(Fault::failed_map_is_whole));
+        extents_changed();
+        if (tracking_)
+            pass_.begin(true);
+    }
+
     // Does it put markers? An ENABLE may overtake an unmap that waits for pins, or come between two of its parts.
     bool is_marked(ShardOp &op)
     {
@@ -584,7 +597,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         const bool mark = is_marked(op);
         if (op.again && !fault(Fault::begun_stays))
-            slice_.give_up_begun(op.start, op.end); // it is rolled back
+            slice_.give_up_begun(op.start, op.end, true); // it is rolled back
         slice_.part(op.start);
         if (op.epoch != 0 && !mark && tracking_ && !fault(Fault::unmap_passes_enable))
             return end_before_reporting(op);

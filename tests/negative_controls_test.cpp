@@ -423,6 +423,8 @@ Control control(Fault fault)
     case Fault::split_raises_limit:
     case Fault::due_marker_forgotten:
     case Fault::begun_stays:
+    case Fault::failed_map_not_scanned:
+    case Fault::failed_map_is_whole:
     case Fault::hole_not_counted:
         return {fault, "restart_test", nullptr};
     case Fault::commands_not_recorded:

@@ -4,6 +4,7 @@
 #include "tests/hook.hpp"
 #include "tests/rig.hpp"
 
+#include <cstring>
 #include <gtest/gtest.h>
 
 #include <cerrno>
@@ -286,30 +287,24 @@ TEST(SuccessorOfAnUnmap, EndsBeforeReportingBehindWhatIsOut)
     EXPECT_FALSE(what_stays_is_mapped());
 }
 
-// The owner dies in the middle of a map; there is no memory when it is done again, so it is rolled back, as Commands does. Another map comes in
-// its place. What is wrong then: translations of what failed, and pages lost.
+// The owner dies in the middle of a map, and the next one when it was to be rolled back, as Commands does. Another map comes in its
+// place. What is wrong then: translations of what failed, and pages lost.
 std::uint64_t left_of_a_map_that_fails()
 {
     Rig rig({.leaf_lg2_max = 12});
     EXPECT_EQ(rig.enable(), 0);
-    Op &map = rig.submit_map(0, MiB, 0);
+    static_cast<void>(rig.submit_map(0, MiB, 0));
     const auto deliver = rig.deliver;
     rig.deliver = [](Op &) {};
     DeathAt death(Point::map_leaf_stored, 100);
     while (!death.came())
         death.step(rig);
-    rig.present_steps = 0;
-    map.again = true;
-    rig.shard().submit(map);
-    EXPECT_TRUE(rig.run(map));
-    EXPECT_EQ(map.result, -ENOMEM);
     Op &back = rig.submit_unmap(0, MiB);
     back.again = true;
     rig.shard().submit(back);
     EXPECT_TRUE(rig.run(back));
     EXPECT_EQ(back.result, 0);
     const bool translates = rig.read(0, 0, 8).reason == iommu::FaultReason::none;
-    rig.present_steps = UINT64_MAX;
     rig.deliver = deliver;
     if (translates)
         return 1;
@@ -326,6 +321,69 @@ TEST(SuccessorOfAMap, RollsItBack)
     EXPECT_EQ(left_of_a_map_that_fails(), 0u);
     const Breaking breaking(Fault::begun_stays);
     EXPECT_GT(left_of_a_map_that_fails(), 0u);
+}
+
+// The owner dies in the middle of a map, and there is no memory when it is done again.
+class MapThatFails
+{
+  public:
+    MapThatFails()
+    {
+        EXPECT_EQ(rig.enable(), 0);
+        static_cast<void>(rig.submit_map(0, MiB, 0));
+        const auto deliver = std::exchange(rig.deliver, [](Op &) {});
+        DeathAt death(Point::map_leaf_stored, 100);
+        while (!death.came())
+            death.step(rig);
+        EXPECT_EQ(rig.write(0, 3 * P, 8).reason, iommu::FaultReason::none);
+        rig.present_steps = 0;
+        EXPECT_EQ(again(), -ENOMEM);
+        rig.deliver = deliver;
+    }
+    // While nothing is delivered.
+    int again()
+    {
+        Op &map = rig.submit_map(0, MiB, 0);
+        map.again = true;
+        rig.shard().submit(map);
+        EXPECT_TRUE(rig.run(map));
+        return map.result;
+    }
+
+    Rig rig{{.leaf_lg2_max = 12}};
+};
+
+// A SYNC comes before the roll-back.
+bool is_reported()
+{
+    MapThatFails map;
+    EXPECT_EQ(map.rig.sync(), 0);
+    return std::memcmp(map.rig.source.data() + 3 * P, map.rig.destination.data() + 3 * P, P) == 0;
+}
+
+// Another death comes before the roll-back is recorded, and then there is memory. Is the map whole?
+bool becomes_whole()
+{
+    MapThatFails map;
+    map.rig.deliver = [](Op &) {};
+    map.rig.restart();
+    map.rig.present_steps = UINT64_MAX;
+    EXPECT_EQ(map.again(), 0);
+    return map.rig.read(0, MiB - P, 8).reason == iommu::FaultReason::none;
+}
+
+TEST(SuccessorOfAMap, ThatFailsReportsIt)
+{
+    EXPECT_TRUE(is_reported());
+    const Breaking breaking(Fault::failed_map_not_scanned);
+    EXPECT_FALSE(is_reported());
+}
+
+TEST(SuccessorOfAMap, ThatFailsLeavesItToTheNext)
+{
+    EXPECT_TRUE(becomes_whole());
+    const Breaking breaking(Fault::failed_map_is_whole);
+    EXPECT_FALSE(becomes_whole());
 }
 
 // All leaves are to be small, and those of a table that is being made for an earlier command are not: the owner dies before the record says

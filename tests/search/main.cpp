@@ -29,10 +29,12 @@ struct Options {
     unsigned tries = 3000;
 };
 
-void print_test(const Result &result)
+// Of the rule that was broken.
+void print_test(const Result &result, const std::string &fault)
 {
-    fmt::print("// {}\n// {}: {}\nTEST(Search, Found)\n{{\n    replay({{{}}}, {{\n", result.attributes,
-               result.finding->kind, result.finding->text, fmt::join(result.schedule.attributes, ", "));
+    fmt::print("// {}\n// {}: {}\nTEST(Search, Found)\n{{\n    replay(Fault::{}, {{{}}}, {{\n", result.attributes,
+               result.finding->kind, result.finding->text, fault.empty() ? "none" : fault,
+               fmt::join(result.schedule.attributes, ", "));
     for (std::size_t i = 0; i < result.schedule.steps.size(); ++i) {
         fmt::print("        {{{}}}, // {}\n", fmt::join(result.schedule.steps[i], ", "),
                    i < result.told.size() ? result.told[i] : "");
@@ -64,7 +66,7 @@ int search_once(const Options &options, Coverage &coverage)
         std::fflush(stdout);
         const Result result = shortest(*found.seed, coverage, options);
         if (result.finding)
-            print_test(result);
+            print_test(result, options.fault);
     }
     return found.seed.has_value() ? 1 : 0;
 }
@@ -83,7 +85,7 @@ int replay(const Options &options, Coverage &coverage)
         return 0;
     }
     result.schedule = schedule;
-    print_test(result);
+    print_test(result, options.fault);
     return 1;
 }
 

@@ -1,7 +1,8 @@
-// A schedule that the search has found, as a test: nothing may go wrong in it any more.
+// A schedule that the search has found, as a test: nothing goes wrong in it any more, unless its rule is broken again.
 #pragma once
 
-#include "tests/search/run.hpp"
+#include "tests/hook.hpp"
+#include "tests/search/isolated.hpp"
 
 #include <gtest/gtest.h>
 
@@ -10,17 +11,17 @@
 
 namespace dirtyring::search {
 
-inline std::optional<Finding> found_by(Schedule::Step attributes, std::vector<Schedule::Step> steps)
+// rule: Fault::none if there is none whose break shows it.
+inline void replay(Fault rule, Schedule::Step attributes, std::vector<Schedule::Step> steps)
 {
     Coverage coverage;
-    Choices choices(Schedule{std::move(attributes), std::move(steps)});
-    return Run(choices, coverage).run();
-}
-
-inline void replay(Schedule::Step attributes, std::vector<Schedule::Step> steps)
-{
-    const auto finding = found_by(std::move(attributes), std::move(steps));
-    EXPECT_FALSE(finding) << finding->kind << ": " << finding->text;
+    const Schedule schedule{std::move(attributes), std::move(steps)};
+    const Result mended = run_isolated(Choices(schedule), coverage);
+    EXPECT_FALSE(mended.finding) << mended.finding->kind << ": " << mended.finding->text;
+    if (rule == Fault::none)
+        return;
+    const test::Breaking breaking(rule);
+    EXPECT_TRUE(run_isolated(Choices(schedule), coverage).finding) << "the schedule shows nothing any more";
 }
 
 } // namespace dirtyring::search
