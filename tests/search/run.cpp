@@ -305,7 +305,7 @@ bool Run::settle_all(bool (Run::*over)())
         vmm_.drain_all();
         vmm_.reap();
         finish_changes();
-        const bool rest = world_.hwpt && devices_.come_to_rest();
+        const bool rest = world_.hwpt && !world_.hwpt->destroying && devices_.come_to_rest();
         if (rest && (this->*over)())
             return true;
         if (until != UINT64_MAX)
