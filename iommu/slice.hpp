@@ -138,8 +138,8 @@ template <Format F> class Slice
         point(Point::map_recorded);
     }
 
-    // Maps of [start, end) that had begun before a restart do not go on: what there is of them is swept, and taken out, as of any map.
-    // for_good: nor do they after another restart.
+    // Maps of [start, end) that had begun before a restart do not go on: what there is of them is swept, and taken out,
+    // as of any map. for_good: nor do they after another restart.
     void give_up_begun(std::uint64_t start, std::uint64_t end, bool for_good)
     {
         std::erase_if(begun_, [&](const Extent &e) {

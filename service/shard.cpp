@@ -572,8 +572,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         finish(op, 0);
     }
 
-    // A map that a restart does again fails: until it is rolled back it is mapped as far as it had come, and syncs report it. The roll-back
-    // is not recorded yet: another restart does the map again.
+    // A map that a restart does again fails: until it is rolled back it is mapped as far as it had come, and syncs
+    // report it. The roll-back is not recorded yet: another restart does the map again.
     void scan_begun(const ShardOp &op)
     {
         slice_.give_up_begun(op.start, op.end, fault(Fault::failed_map_is_whole));

@@ -164,7 +164,7 @@ while [ $((SECONDS - began)) -lt "$seconds" ] && { [ "$count" = 0 ] || [ $run -l
     draw_rings
     run=$((run + 1))
     got=0
-    timeout 300 "$bin/dirtyring" migrate "${options[@]}" >"$output" 2>&1 || got=$?
+    timeout 120 "$bin/dirtyring" migrate "${options[@]}" >"$output" 2>&1 || got=$?
     if [ $got != 0 ] || ! grep -q ' 0 pages differ, 0 writes unreported' "$output"; then
         failed=$((failed + 1))
         echo "FAILED with exit code $got: dirtyring migrate ${options[*]}"

@@ -4,10 +4,11 @@
 #include "tests/hook.hpp"
 #include "tests/rig.hpp"
 
-#include <cstring>
 #include <gtest/gtest.h>
 
 #include <cerrno>
+#include <cstring>
+#include <utility>
 
 namespace dirtyring::test {
 namespace {

@@ -82,7 +82,7 @@ void Coverage::count(std::size_t row, std::uint64_t states)
         counts[std::countr_zero(states)].fetch_add(1, std::memory_order_relaxed);
 }
 
-void Coverage::print(const std::string &unreachable) const
+bool Coverage::print(const std::string &unreachable) const
 {
     const std::vector<Pattern> patterns = explained(unreachable);
     for (std::size_t s = 0; s < states; ++s)
@@ -94,6 +94,7 @@ void Coverage::print(const std::string &unreachable) const
     std::size_t never = 0;
     std::size_t known = 0;
     std::string list;
+    std::string wrong;
     for (std::size_t row = 0; row < rows; ++row) {
         const std::atomic<std::uint32_t> *counts = counts_ + row * columns;
         const auto reason = [&](const char *state) {
@@ -103,12 +104,17 @@ void Coverage::print(const std::string &unreachable) const
         };
         fmt::print("{:>32} {:>5}", row_names[row], short_number(counts[states].load()));
         std::string missing;
+        std::string met;
         for (std::size_t s = 0; s < states; ++s) {
             fmt::print("{:>5}", short_number(counts[s].load()));
-            if (counts[s].load() != 0)
+            const bool has_reason = reason(state_names[s]);
+            if (counts[s].load() != 0) {
+                if (has_reason)
+                    met += fmt::format(" {}", state_names[s]);
                 continue;
+            }
             ++never;
-            if (reason(state_names[s]))
+            if (has_reason)
                 ++known;
             else
                 missing += fmt::format(" {}", state_names[s]);
@@ -116,9 +122,14 @@ void Coverage::print(const std::string &unreachable) const
         fmt::print("\n");
         if (!missing.empty())
             list += fmt::format("  {}:{}\n", row_names[row], missing);
+        if (!met.empty())
+            wrong += fmt::format("  {}:{}\n", row_names[row], met);
     }
     fmt::print("never met, and not explained:\n{}", list);
+    if (!wrong.empty())
+        fmt::print("met, though {} says that it cannot be:\n{}", unreachable, wrong);
     fmt::print("never met: {}, of which {} are explained\n", never, known);
+    return wrong.empty();
 }
 
 } // namespace dirtyring::search

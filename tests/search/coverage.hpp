@@ -82,7 +82,8 @@ class Coverage
     }
 
     // The table, and the pairs that never met; of these `unreachable` explains some, a line each: event, state, reason.
-    void print(const std::string &unreachable) const;
+    // False: one of those has met.
+    [[nodiscard]] bool print(const std::string &unreachable) const;
 
   private:
     void count(std::size_t row, std::uint64_t states);

@@ -166,7 +166,7 @@ int main(int argc, char **argv)
         fmt::print(stderr, "{}: there is no such rule\n", options.fault);
         return 2;
     }
-    if (options.coverage)
-        coverage.print(options.unreachable);
+    if (options.coverage && !coverage.print(options.unreachable))
+        code = 1;
     return code;
 }

@@ -50,9 +50,6 @@ class Vmm
     [[nodiscard]] std::string describe() const;
     [[nodiscard]] std::uint64_t states(std::optional<std::uint64_t> iova) const;
 
-    // A device that cannot set D is attached, or was refused.
-    unsigned in_the_way = 0;
-
     // Has `iova` been mapped, with the right to write, since `time`, and nobody has asked to unmap it?
     [[nodiscard]] bool is_mapped_since(std::uint64_t iova, bool write, std::uint64_t time) const;
     // May a device that entered its section at `time` have reached this memory by this IOVA?
