@@ -18,7 +18,8 @@ inline constexpr std::uint64_t GiB = 1ull << 30;
 inline constexpr std::uint64_t block_size = 4 * MiB;
 inline constexpr std::uint64_t block_pages = block_size / page_size;
 
-// How the VMM reads dirty rings: as it comes; behind the marker of a SYNC no further before that completes; seldom, so that they fill.
+// How the VMM reads dirty rings: as it comes; behind the marker of a SYNC no further before that completes; seldom, as its
+// completions, so that they fill.
 enum class Reader { steady, waits, lazy };
 
 struct Attributes {

@@ -93,6 +93,8 @@ void HwptControl::make()
     world_.make_hwpt();
     world_.say([&] { return fmt::format("hwpt {} is made", world_.hwpt->id); });
     vmm_.hwpt_made();
+    if (world_.choices.one_in(4))
+        vmm_.submit_any(); // it lies in the ring before the walkers know the hwpt
     service_.on_both([&] { service_.life().add_hwpt(false); });
     world_.met(Event::hwpt_made);
 }

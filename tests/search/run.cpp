@@ -14,6 +14,7 @@ constexpr Point first_of_service = Point::walker_before_advance;
 constexpr unsigned depth_max = 2;
 constexpr unsigned patience = 5000; // rounds of everybody
 constexpr unsigned asleep_patience = 500;
+constexpr std::uint64_t rare_span = 16; // points until something happens within what is rare
 // Maps are long: others step in between every so many leaves.
 constexpr std::uint64_t leaves_between = 61;
 
@@ -86,7 +87,7 @@ void Run::end_step()
 void Run::draw_gap()
 {
     constexpr std::uint64_t spans[] = {0, 0, 0, 0, 1, 4, 16, 128};
-    const std::uint64_t span = spans[world_.choices.next(std::size(spans))];
+    const std::uint64_t span = breaking() ? rare_span : spans[world_.choices.next(std::size(spans))];
     gap_ = span == 0 ? 0 : world_.choices.next(span) + 1;
 }
 
@@ -108,14 +109,22 @@ void Run::interfere(Point p)
         return;
     if ((p == Point::device_between_dirty_and_summary || p == Point::device_before_pin) && devices_.may_die() &&
         world_.choices.one_in(12))
-        return step_in([&] { pass_by(p); });
-    if (is_rare(p) && world_.attributes.mortal && world_.choices.one_in(16))
+        return step_in([&] {
+            if (breaking())
+                draw_gap();
+            pass_by(p);
+        });
+    const bool rare = is_rare(p);
+    if (rare && world_.attributes.mortal && world_.choices.one_in(16))
         die(p);
-    if (gap_ == 0 || --gap_ > 0)
+    const bool due = gap_ > 0 && --gap_ == 0;
+    if (!due && !(rare && world_.choices.one_in(8)))
         return;
     if (of_service && world_.attributes.mortal && world_.choices.next(4) == 3)
         die(p);
     step_in([&] {
+        if (rare || breaking()) // others too may be interrupted while it is so
+            gap_ = world_.choices.next(rare_span) + 1;
         for (std::uint64_t n = world_.choices.next(5) + 1; n > 0 && !world_.finding; --n)
             move();
     });
@@ -158,10 +167,13 @@ void Run::move()
             hurry();
         return;
     }
-    if (kind < 52)
+    const bool lazy = world_.attributes.reader == Reader::lazy;
+    if (kind < 52) {
+        if (lazy && !choices.one_in(4))
+            return;
         return vmm_.reap(choices.next(2) == 0 ? UINT64_MAX : choices.next(3) + 1);
+    }
     if (kind < 54) {
-        const bool lazy = world_.attributes.reader == Reader::lazy;
         if (world_.hwpt && (!lazy || choices.one_in(4)))
             vmm_.drain(*world_.hwpt, static_cast<unsigned>(choices.next(world_.attributes.shards)),
                        !lazy && choices.next(2) == 0 ? UINT64_MAX : choices.next(3) + 1);
@@ -369,19 +381,29 @@ void Run::expect_reported(const Oracle::Snapshot &written)
     }
 }
 
+// A leaf is being replaced, and devices wait for it.
+bool Run::breaking() const
+{
+    for (unsigned i = 0; world_.hwpt && i < world_.attributes.shards; ++i) {
+        if ((world_.hwpt->control(i)->breaking & 1) != 0)
+            return true;
+    }
+    return false;
+}
+
 std::uint64_t Run::states(std::optional<std::uint64_t> iova) const
 {
     std::uint64_t bits = vmm_.states(iova);
     const auto set = [&](State s) { bits |= Coverage::bit(s); };
     if (world_.hwpt) {
         for (unsigned i = 0; i < world_.attributes.shards; ++i) {
-            if ((world_.hwpt->control(i)->breaking & 1) != 0)
-                set(State::breaking);
             if (world_.hwpt->unlinked[i])
                 set(State::retired);
         }
         if (world_.hwpt->destroying)
             set(State::destroying);
+        if (breaking())
+            set(State::breaking);
     }
     if (service_.not_begun_again())
         set(State::not_begun_again);

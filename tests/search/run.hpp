@@ -48,6 +48,7 @@ class Run
     void finish_changes();
     bool settle_all(bool (Run::*over)());
     bool all_quiet();
+    [[nodiscard]] bool breaking() const;
     [[nodiscard]] std::uint64_t states(std::optional<std::uint64_t> iova) const;
 
     World world_;

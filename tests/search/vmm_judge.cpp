@@ -78,6 +78,8 @@ void Vmm::judge(const dr_completion &c)
     if (c.result == -EIO)
         return world_.wrong("result", fmt::format("command {} completes with EIO", c.user_data));
     if (loose(f)) {
+        if (f.c.opcode == DR_OP_DISABLE && c.result == 0)
+            enabled_ = false;
         // What it has discarded before a DESTROY cancelled it, and markers of syncs may still be read.
         if (f.c.opcode == DR_OP_UNMAP && (f.c.flags & DR_UNMAP_DISCARD) != 0 && world_.hwpt && world_.hwpt->destroying)
             maps_.for_each([&](const iommu::Extent &e) {
