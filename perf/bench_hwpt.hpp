@@ -9,7 +9,7 @@
 #include "ring/control.h"
 #include "ring/producer.hpp"
 #include "ring/region.hpp"
-#include "service/shard.hpp"
+#include "service/engine/shard.hpp"
 
 #include <algorithm>
 #include <atomic>

@@ -1,9 +1,9 @@
-#include "service/control.hpp"
-#include "service/fd_store.hpp"
-#include "service/lcores.hpp"
-#include "service/listener.hpp"
-#include "service/options.hpp"
-#include "service/supervisor.hpp"
+#include "service/control/control.hpp"
+#include "service/control/options.hpp"
+#include "service/keeper/fd_store.hpp"
+#include "service/keeper/listener.hpp"
+#include "service/keeper/supervisor.hpp"
+#include "service/walkers/lcores.hpp"
 
 #include <fmt/format.h>
 #include <spdlog/sinks/stdout_color_sinks.h>

@@ -5,11 +5,16 @@ set -euo pipefail
 
 # folder: a pattern (ERE) of what may not be included in it
 rules='
-iommu   (ring|service|client|tests)/
-ring    (iommu|service|client|tests)/
-client  (service|tests|boost)/|rte_
-service tests/
-perf    tests/
+iommu            (ring|service|client|tests)/
+ring             (iommu|service|client|tests)/
+client           (service|tests|boost)/|rte_
+service          (client|tests)/
+service/engine   service/(walkers|commands|guests|control|keeper)/
+service/walkers  service/(commands|guests|control|keeper)/
+service/commands service/(guests|control|keeper)/
+service/guests   service/control/
+service/keeper   iommu/|service/(engine|walkers|commands|guests|control)/
+perf             tests/
 '
 
 check()
@@ -42,13 +47,19 @@ self_test()
     done <<'END'
 iommu   #include "ring/layout.h"
 iommu   # include <client/dirtyring.h>
-iommu   #include "../../service/shard.hpp"
+iommu   #include "../../service/engine/shard.hpp"
 ring      #include "iommu/layout.h"
 ring    #include "tests/fixture.hpp"
 client  #include <rte_ring.h>
 client  #include <boost/lockfree/queue.hpp>
-client  #include "service/shard.hpp"
+client  #include "service/engine/shard.hpp"
 service #include "tests/fixture.hpp"
+service/engine   #include "service/walkers/walker.hpp"
+service/walkers  #include "service/commands/commands.hpp"
+service/commands #include "service/guests/guest.hpp"
+service/guests   #include "service/control/control.hpp"
+service/keeper   #include "service/control/options.hpp"
+service/control  #include "service/keeper/supervisor.hpp" // allowed
 perf    #include "tests/fixture.hpp"
 iommu   #include "iommu/layout.h" // allowed
 ring    // #include "iommu/layout.h" allowed

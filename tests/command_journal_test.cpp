@@ -4,7 +4,7 @@
 // everything that a process takes along. What outlives it is in Memory. The shards are played: they keep the records that real ones
 // keep, and complain when they are asked for what they need not stand.
 #include "iommu/geometry.hpp"
-#include "service/commands.hpp"
+#include "service/commands/commands.hpp"
 #include "tests/hook.hpp"
 
 #include <gtest/gtest.h>
@@ -350,7 +350,7 @@ class Life
                 records.push_back(slice.record());
             commands_->restore_extents(ioas, records);
         }
-        EXPECT_FALSE(commands_->poll()) << "before restored()";
+        EXPECT_FALSE(commands_->step(0)) << "before restored()";
         commands_->restored();
     }
 
@@ -364,8 +364,8 @@ class Life
         if (asleep_)
             return;
         commands_->wake();
-        if (!commands_->poll())
-            asleep_ = commands_->prepare_sleep();
+        if (!commands_->step(0))
+            asleep_ = !commands_->prepare_sleep(0).busy;
     }
     void step_other() { static_cast<void>(other_.do_work(0)); }
     void step_shard(std::size_t i)

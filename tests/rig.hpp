@@ -8,7 +8,7 @@
 #include "ring/consumer.hpp"
 #include "ring/control.h"
 #include "ring/region.hpp"
-#include "service/shard.hpp"
+#include "service/engine/shard.hpp"
 
 #include <atomic>
 #include <cstdint>

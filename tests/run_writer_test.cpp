@@ -1,5 +1,5 @@
 // Leaves become runs: as long as they can be, never longer than an entry holds, never into what is staged.
-#include "service/run_writer.hpp"
+#include "service/engine/run_writer.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

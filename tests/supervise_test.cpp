@@ -1,7 +1,7 @@
 // What outlives a worker: descriptors in the keeper's hands, and the supervisor that starts the next one.
-#include "service/fd_keeper.hpp"
-#include "service/fd_store.hpp"
-#include "service/supervisor.hpp"
+#include "service/keeper/fd_keeper.hpp"
+#include "service/keeper/fd_store.hpp"
+#include "service/keeper/supervisor.hpp"
 #include "tests/daemon.hpp"
 
 #include <spdlog/sinks/base_sink.h>

@@ -1,5 +1,5 @@
 // supervised_worker SOCKET: a worker that does what a test tells it over the socket, one packet at a time, and answers each.
-#include "service/fd_store.hpp"
+#include "service/keeper/fd_store.hpp"
 
 #include <csignal>
 #include <cstdlib>

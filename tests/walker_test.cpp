@@ -1,5 +1,5 @@
-// When a walker lets a shard nap, and what wakes it. Time is what the test says; bells are eventfds.
-#include "service/walker.hpp"
+// When a walker lets an agent nap, and what wakes it. Time is what the test says; bells are eventfds.
+#include "service/walkers/walker.hpp"
 #include "tests/hook.hpp"
 
 #include <gtest/gtest.h>
@@ -16,11 +16,11 @@ namespace dirtyring::test {
 namespace {
 
 using service::Rest;
-using service::ShardCounters;
-using service::ShardOp;
 
 // Counts what it is asked.
-struct ToldShard final : service::Shard {
+struct ToldAgent final : service::Agent {
+    ToldAgent() : Agent(Turn::second) {}
+
     bool works = false;
     Rest rest;
     unsigned steps = 0;
@@ -39,16 +39,9 @@ struct ToldShard final : service::Shard {
         return rest;
     }
     void wake() override { ++wakes; }
-    void submit(ShardOp &) override { stirred_.set(); }
-    void cancel() override {}
-    void add(const iommu::DmaThreads &) override {}
-    void remove(const iommu::DmaThreads &) override {}
-    void bury(const iommu::DmaThreads &, std::function<void()>) override {}
-    void made_large(std::uint64_t) override {}
-    [[nodiscard]] ShardCounters counters() const override { return {}; }
 };
 
-// A walker with two shards, of which one always has work.
+// A walker with two agents, of which one always has work.
 class Naps : public testing::Test
 {
   protected:
@@ -91,8 +84,8 @@ class Naps : public testing::Test
 
     ring::Fd busy_bell{::eventfd(0, EFD_CLOEXEC)};
     ring::Fd bell{::eventfd(0, EFD_CLOEXEC)};
-    ToldShard busy;
-    ToldShard idle;
+    ToldAgent busy;
+    ToldAgent idle;
     service::Walker walker;
     std::uint64_t now = 0;
 };
@@ -144,10 +137,7 @@ TEST_F(Naps, EndInTime)
 TEST_F(Naps, EndWithWhatItsOwnerGives)
 {
     fall_asleep();
-    struct Nothing final : ShardOp {
-        void done() override {}
-    } op;
-    idle.submit(op);
+    idle.stirred().set();
     pass(10'000);
     EXPECT_EQ(idle.wakes, 1u);
     EXPECT_EQ(idle.steps, 1u);
@@ -175,28 +165,28 @@ TEST(ManyBells, RungBetweenTwoRoundsAreAllHeard)
 {
     constexpr unsigned count = 700;
     service::Walker walker;
-    std::deque<ToldShard> shards(count);
+    std::deque<ToldAgent> agents(count);
     std::vector<ring::Fd> bells;
-    for (ToldShard &shard : shards) {
+    for (ToldAgent &agent : agents) {
         bells.emplace_back(::eventfd(0, EFD_CLOEXEC));
         ASSERT_TRUE(bells.back());
-        walker.adopt(shard, bells.back().get());
+        walker.adopt(agent, bells.back().get());
     }
     std::uint64_t now = service::monotonic_ns();
     for (unsigned round = 1; round <= 3; ++round) {
-        const auto all = [&](auto what) { return std::all_of(shards.begin(), shards.end(), what); };
-        for (unsigned i = 0; i < 1000 && !all([&](const ToldShard &s) { return s.sleeps > s.wakes; }); ++i)
+        const auto all = [&](auto what) { return std::all_of(agents.begin(), agents.end(), what); };
+        for (unsigned i = 0; i < 1000 && !all([&](const ToldAgent &s) { return s.sleeps > s.wakes; }); ++i)
             walker.do_work(now += 1'000'000);
         for (const ring::Fd &bell : bells)
             ASSERT_EQ(::eventfd_write(bell.get(), 1), 0);
-        for (unsigned i = 0; i < 5000 && !all([&](const ToldShard &s) { return s.wakes >= round; }); ++i) {
+        for (unsigned i = 0; i < 5000 && !all([&](const ToldAgent &s) { return s.wakes >= round; }); ++i) {
             walker.do_work(now);
             ::usleep(1000);
         }
-        EXPECT_TRUE(all([&](const ToldShard &s) { return s.wakes >= round; })) << round;
+        EXPECT_TRUE(all([&](const ToldAgent &s) { return s.wakes >= round; })) << round;
     }
-    for (ToldShard &shard : shards)
-        walker.drop(shard);
+    for (ToldAgent &agent : agents)
+        walker.drop(agent);
 }
 
 } // namespace

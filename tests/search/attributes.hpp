@@ -3,7 +3,7 @@
 
 #include "iommu/formats.hpp"
 #include "ring/control.h"
-#include "service/shard.hpp"
+#include "service/engine/shard.hpp"
 #include "tests/search/choices.hpp"
 
 #include <cstdint>

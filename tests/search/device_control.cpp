@@ -1,4 +1,4 @@
-// How devices come and go: as service/devices.cpp, one step of it each time.
+// How devices come and go: as service/control/devices.cpp, one step of it each time.
 #include "tests/search/devices.hpp"
 
 #include <fmt/format.h>

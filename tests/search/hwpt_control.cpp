@@ -1,6 +1,6 @@
 #include "tests/search/hwpt_control.hpp"
 
-#include "service/end_ring.hpp"
+#include "service/guests/end_ring.hpp"
 
 #include <fmt/format.h>
 

@@ -1,4 +1,4 @@
-// How hwpts come and go: as service/requests.cpp, one step of it each time.
+// How hwpts come and go: as service/control/requests.cpp, one step of it each time.
 #pragma once
 
 #include "tests/search/devices.hpp"

@@ -197,7 +197,7 @@ void Service::step_home()
             life_->commands->restored();
             world_.met(Event::home_returns);
         } else if (wake_home()) {
-            static_cast<void>(life_->commands->poll());
+            static_cast<void>(life_->commands->step(world_.now));
         }
     });
 }
@@ -230,7 +230,7 @@ void Service::sleep_home()
     if (!is_free(0) || life_->home_asleep || !life_->home_begun)
         return;
     on(0, [&] {
-        if (life_->commands->prepare_sleep() && !life_->commands->stirred().is_set())
+        if (!life_->commands->prepare_sleep(world_.now).busy && !life_->commands->stirred().is_set())
             life_->home_asleep = true;
         else
             life_->commands->wake();
@@ -251,7 +251,7 @@ std::uint64_t Service::settle()
                 life.commands->restored();
                 worked = true;
             } else if (wake_home()) {
-                worked |= life.commands->poll();
+                worked |= life.commands->step(world_.now);
             }
             for (unsigned i = 0; i < life.shards.size(); ++i) {
                 world_.now += 1000;

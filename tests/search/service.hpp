@@ -3,8 +3,8 @@
 // other; the home walker has the guest's commands and every second shard.
 #pragma once
 
-#include "service/commands.hpp"
-#include "service/walker.hpp"
+#include "service/commands/commands.hpp"
+#include "service/walkers/walker.hpp"
 #include "tests/search/world.hpp"
 
 #include <array>
@@ -26,7 +26,7 @@ struct ServiceDeath {
 class Life
 {
   public:
-    // In the order of Control::put_to_work (service/restore.cpp), but for Commands::restored().
+    // In the order of Control::put_to_work (service/control/restore.cpp), but for Commands::restored().
     explicit Life(World &world);
     Life(const Life &) = delete;
 

@@ -9,7 +9,7 @@
 #include "iommu/slice_record.hpp"
 #include "ring/consumer.hpp"
 #include "ring/producer.hpp"
-#include "service/command_journal.hpp"
+#include "service/commands/command_journal.hpp"
 #include "tests/rig.hpp"
 #include "tests/search/attributes.hpp"
 #include "tests/search/coverage.hpp"

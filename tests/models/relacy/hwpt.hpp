@@ -10,7 +10,7 @@
 #include "ring/consumer.hpp"
 #include "ring/control.h"
 #include "ring/producer.hpp"
-#include "service/shard.hpp"
+#include "service/engine/shard.hpp"
 
 #include <cstddef>
 #include <cstring>

@@ -1,4 +1,4 @@
 // The walkers' engine, on Relacy.
 #include "tests/models/relacy/shim.hpp"
 
-#include "service/shard.cpp"
+#include "service/engine/shard.cpp"

@@ -4,13 +4,13 @@
 #include "tests/models/relacy/hwpt.hpp"
 
 #include "iommu/extent_map.hpp"
-#include "service/publisher.hpp"
+#include "service/engine/publisher.hpp"
 
 namespace dirtyring::model {
 
 namespace {
 
-// The walker's loop of service/walker.cpp, for a while. True: it sleeps, and only a peer can end that.
+// The walker's loop of service/walkers/walker.cpp, for a while. True: it sleeps, and only a peer can end that.
 template <class Pause> bool fall_asleep(Hwpt &hwpt, Pause pause)
 {
     for (unsigned i = 0; i < 6; ++i) {
