@@ -359,7 +359,7 @@ class Life
     // A round of the home walker, or its sleep.
     void step_home()
     {
-        if (home_.do_work(0))
+        if (home_.drain())
             asleep_ = false;
         if (asleep_)
             return;
@@ -367,7 +367,7 @@ class Life
         if (!commands_->step(0))
             asleep_ = !commands_->prepare_sleep(0).busy;
     }
-    void step_other() { static_cast<void>(other_.do_work(0)); }
+    void step_other() { other_.drain(); }
     void step_shard(std::size_t i)
     {
         if (shards_[i]->step(0) && i % 2 == 0)
@@ -375,8 +375,8 @@ class Life
     }
 
   private:
-    Walker home_;
-    Walker other_;
+    Inbox home_;
+    Inbox other_;
     std::vector<std::unique_ptr<Shard>> shards_;
     std::optional<Commands> commands_;
     bool asleep_ = false;

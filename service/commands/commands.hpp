@@ -19,7 +19,6 @@
 #include "service/engine/agent.hpp"
 #include "service/engine/shard.hpp"
 #include "service/walkers/inbox.hpp"
-#include "service/walkers/walker.hpp"
 
 #include <cstdint>
 #include <deque>
@@ -32,10 +31,10 @@
 
 namespace dirtyring::service {
 
-// A shard and who owns it.
+// A shard, and where tasks for the walker that owns it go.
 struct Placed {
     Shard *shard;
-    Walker *owner;
+    Inbox *owner;
 };
 
 // What the home walker knows of an hwpt.
@@ -62,7 +61,7 @@ class Commands final : public Agent
 {
   public:
     struct Config {
-        Walker *home;
+        Inbox *home; // of the guest's home walker
         std::uint32_t capacity;
         dr_ring_consumer *submissions; // ours
         dr_ring_producer *submissions_peer;
@@ -168,7 +167,7 @@ class Commands final : public Agent
     void finish(Command &command);
     void complete(CommandRecord &record, int result, std::uint64_t done, std::uint64_t epoch);
 
-    Walker *home_;
+    Inbox *home_;
     CommandJournal journal_;
     ring::Consumer<dr_command> submissions_;
     ring::Producer<dr_completion> completions_;

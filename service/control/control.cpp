@@ -332,7 +332,7 @@ void Control::ask(std::vector<Work> works, Then then)
         errand->then = shared_then;
         errand->left = left;
         errand->back = &inbox_;
-        walker->post(*errand.release());
+        walker->inbox().post(*errand.release());
     }
 }
 

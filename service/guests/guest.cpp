@@ -174,7 +174,7 @@ Result<void> Guest::assemble(Holdings &holdings)
         ring::make_producer_region(completions, header);
     }
     Commands::Config config;
-    config.home = home;
+    config.home = &home->inbox();
     config.capacity = entries;
     config.submissions = service.map.as<dr_ring_consumer>(DR_COMMAND_CONSUMER_OFFSET);
     config.submissions_peer = submissions;

@@ -275,7 +275,7 @@ HwptRoute Hwpt::route() const
     HwptRoute route{slot->request.ioas, geometry.aperture_lg2, geometry.slice_lg2, oa_lg2, sizes, tracks, epochs, {},
                     &slot->tracking};
     for (const ShardHome &s : shards)
-        route.shards.push_back({s.shard.get(), s.owner});
+        route.shards.push_back({s.shard.get(), &s.owner->inbox()});
     return route;
 }
 

@@ -52,7 +52,7 @@ void Walker::stop()
     };
     static Nothing nothing;
     stopping_.store(true, std::memory_order_release); // pairs with run()
-    post(nothing);
+    inbox_.post(nothing);
 }
 
 bool Walker::do_work(std::uint64_t now_ns)

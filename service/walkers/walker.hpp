@@ -27,8 +27,8 @@ class Walker
   public:
     Walker();
 
-    // From any thread: runs the task between two rounds.
-    void post(Task &task) { inbox_.post(task); }
+    // Its tasks are run between two rounds.
+    [[nodiscard]] Inbox &inbox() { return inbox_; }
 
     // The lcore's loop, until stop().
     void run();

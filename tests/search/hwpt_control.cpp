@@ -47,7 +47,7 @@ void HwptControl::destroy()
         const unsigned owner = Life::owner(shard);
         hwpt.rings[shard]->full_at_end |= hwpt.rings[shard]->room() == 0;
         const bool done = service_.on(owner, [&] {
-            static_cast<void>(service_.life().walkers[owner].do_work(0)); // parts that were sent before
+            service_.life().inboxes[owner].drain(); // parts that were sent before
             hwpt.rings[shard]->full_at_end |= hwpt.rings[shard]->room() == 0;
             service_.life().shards[shard]->cancel();
         });
@@ -60,7 +60,7 @@ void HwptControl::destroy()
     }
     if (!service_.is_free(0) || !service_.is_free(1))
         return;
-    service_.on_both([&] { static_cast<void>(service_.life().walkers[0].do_work(0)); });
+    service_.on_both([&] { service_.life().inboxes[0].drain(); });
     if (!service_.alive())
         return;
     service_.life().forget_hwpt();

@@ -24,7 +24,7 @@ Life::Life(World &w) : world(w), home_begun(w.lives == 0)
     const bool restarted = world.lives++ > 0;
     point(Point::restart_begun);
     service::Commands::Config config;
-    config.home = &walkers[0];
+    config.home = &inboxes[0];
     config.capacity = world.attributes.commands;
     config.submissions = &world.submissions.consumer;
     config.submissions_peer = world.submissions.producer;
@@ -79,7 +79,7 @@ void Life::add_hwpt(bool restored)
         config.restored = restored;
         config.call = [this, ring, i] { calls[owner(i)].push_back(&ring->called); };
         shards.push_back(service::make_shard(a.format, std::move(config)));
-        route.shards.push_back({shards.back().get(), &walkers[owner(i)]});
+        route.shards.push_back({shards.back().get(), &inboxes[owner(i)]});
     }
     sleeps.assign(a.shards, {});
     commands->add_hwpt(hwpt.id, std::move(route));
@@ -192,10 +192,11 @@ void Service::step_home()
         return;
     world_.say([&] { return "the home walker looks at commands"; });
     on(0, [&] {
-        static_cast<void>(life_->walkers[0].do_work(0));
-        if (!std::exchange(life_->home_begun, true)) {
+        life_->inboxes[0].drain();
+        if (!life_->home_begun) {
             life_->commands->restored();
             world_.met(Event::home_returns);
+            life_->home_begun = true; // only now peers are served
         } else if (wake_home()) {
             static_cast<void>(life_->commands->step(world_.now));
         }
@@ -207,7 +208,7 @@ void Service::drain(unsigned walker)
     if (!is_free(walker))
         return;
     world_.say([&] { return fmt::format("walker {} does its tasks", walker); });
-    on(walker, [&] { static_cast<void>(life_->walkers[walker].do_work(0)); });
+    on(walker, [&] { life_->inboxes[walker].drain(); });
 }
 
 void Service::sleep_shard(unsigned shard)
@@ -245,8 +246,8 @@ std::uint64_t Service::settle()
         worked = false;
         run(3, [&] {
             Life &life = *life_;
-            worked |= life.walkers[0].do_work(0);
-            worked |= life.walkers[1].do_work(0);
+            worked |= life.inboxes[0].drain();
+            worked |= life.inboxes[1].drain();
             if (!std::exchange(life.home_begun, true)) {
                 life.commands->restored();
                 worked = true;

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "service/commands/commands.hpp"
-#include "service/walkers/walker.hpp"
+#include "service/walkers/inbox.hpp"
 #include "tests/search/world.hpp"
 
 #include <array>
@@ -41,7 +41,7 @@ class Life
     };
 
     World &world;
-    std::array<service::Walker, 2> walkers;
+    std::array<service::Inbox, 2> inboxes; // of the walkers
     std::vector<std::unique_ptr<service::Shard>> shards;
     std::vector<Sleep> sleeps; // of the shards
     std::optional<service::Commands> commands;
