@@ -236,8 +236,8 @@ void Commands::publish()
         signal_event(kick_);
 }
 
-// Takes what has completed to its slots. Who sleeps until a completion comes is called all the same: only wait() and arm() move
-// the index that is armed.
+// Takes what has completed to its slots. Who sleeps until a completion comes is called all the same: only wait() and
+// arm() move the index that is armed.
 void Commands::collect()
 {
     for (auto batch = completions_.peek(); !batch.empty() && !broken_; batch = completions_.peek()) {

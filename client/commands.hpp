@@ -10,11 +10,12 @@ namespace dirtyring::client {
 // -error, with a sentence about the command that it answers; 0 if it is none.
 int command_result(const dr_command &command, std::int32_t result);
 
-// What the service gets as user_data is this process's series and the number of a slot here; what the user gave waits in that
-// slot. So the library's own commands cannot be mistaken for the user's, whatever values those use, each finds its completion, and
-// those of a predecessor that had the guest are known as not ours.
+// What the service gets as user_data is this process's series and the number of a slot here; what the user gave waits
+// in that slot. So the library's own commands cannot be mistaken for the user's, whatever values those use, each finds
+// its completion, and those of a predecessor that had the guest are known as not ours.
 //
-// The set's syncs come from any thread, all else from the thread of the guest. A mutex keeps them apart; nobody waits under it.
+// The set's syncs come from any thread, all else from the thread of the guest. A mutex keeps them apart; nobody waits
+// under it.
 class Commands
 {
   public:

@@ -1,15 +1,16 @@
 // The control socket from a client's side: one request, one reply, together within 10 s.
 //
-// When the socket breaks, the service has died and another worker will listen at the same path. So this side connects again, says
-// who it is, and repeats the request that got no reply, with its old sequence. The descriptor's number stays the same.
+// When the socket breaks, the service has died and another worker will listen at the same path. So this side connects
+// again, says who it is, and repeats the request that got no reply, with its old sequence. The descriptor's number
+// stays the same.
 //
 //     away ──connect──► greeting ──HELLO's reply──► entering ──introduction's reply──► in
 //      ▲                   │                           │                               │
 //      └───────────────────┴──── the socket breaks ────┴───────────────────────────────┘
 //
-// Nobody listens, or whoever does refuses to take this side up: the service is gone for good. A reply that is late or makes no
-// sense leaves the two sides out of step, so the connection is given up too. Then every later call answers -ESHUTDOWN, and
-// whoever polls the socket sees it hang up.
+// Nobody listens, or whoever does refuses to take this side up: the service is gone for good. A reply that is late or
+// makes no sense leaves the two sides out of step, so the connection is given up too. Then every later call answers
+// -ESHUTDOWN, and whoever polls the socket sees it hang up.
 //
 // Threads: check, failure and give_up are anybody's, all else is the owner's. Whoever holds the mutex looks after the
 // connection, so nobody waits for it.
@@ -57,7 +58,8 @@ class Connection
         std::memcpy(introduction_, &in, sizeof in);
     }
 
-    // Connects, says HELLO and the introduction; `out` and `fds` are the reply to that. -EPROTONOSUPPORT: no common version.
+    // Connects, says HELLO and the introduction; `out` and `fds` are the reply to that. -EPROTONOSUPPORT: no common
+    // version.
     template <class Out> int open(const char *path, Out &out, FdList &fds, std::uint32_t required = sizeof(Out))
     {
         const std::size_t length = std::strlen(path);
@@ -90,8 +92,8 @@ class Connection
         return features_;
     }
 
-    // Sends a request with the descriptors in `sent`; `got` are those of the reply. A refusal is the service's errno and
-    // sentence.
+    // Sends a request with the descriptors in `sent`; `got` are those of the reply. A refusal is the service's errno
+    // and sentence.
     template <class In, class Out> int call(dr_request request, In in, Out &out, FdList &sent, FdList &got)
     {
         in.size = sizeof in;
@@ -163,7 +165,8 @@ class Connection
         bool refusal = false;
         unsigned char bytes[DR_MESSAGE_MAX];
 
-        // What a newer service says beyond our struct is ignored; what it leaves out behind the first `required` bytes is zero.
+        // What a newer service says beyond our struct is ignored; what it leaves out behind the first `required` bytes
+        // is zero.
         template <class T> bool read(T &out, std::uint32_t required) const
         {
             std::uint32_t stated = 0;

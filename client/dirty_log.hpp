@@ -1,5 +1,5 @@
-// A set of dirty pages, for those who want a bitmap: a bit for each page of 4 KiB, and above it one for each 128 MiB in which any is set.
-// No allocation but the mapping; one thread.
+// A set of dirty pages, for those who want a bitmap: a bit for each page of 4 KiB, and above it one for each 128 MiB in
+// which any is set. No allocation but the mapping; one thread.
 #pragma once
 
 #include "ring/region.hpp"

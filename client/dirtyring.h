@@ -43,10 +43,11 @@ struct dirtyring_set;
  * -ECONNREFUSED, -ENOENT, -EACCES: as connect(2). -EPROTONOSUPPORT: the service speaks no version of ours.
  * -ETIMEDOUT: the service did not answer within 10 s. *vm is NULL on failure.
  *
- * When the service's worker dies, the next one has the guest as it was. Calls that meet the broken socket connect again and go on;
- * what was asked is done once. Rings are read and released meanwhile, and calls that wait for a command wait on. A request answers
- * -ETIMEDOUT after 10 s, and -ESHUTDOWN when nobody listens at the path any more, or who does knows no such guest. After both, and
- * after -EPROTO, every call that needs the service answers -ESHUTDOWN: the guest is lost to this process. */
+ * When the service's worker dies, the next one has the guest as it was. Calls that meet the broken socket connect again
+ * and go on; what was asked is done once. Rings are read and released meanwhile, and calls that wait for a command wait
+ * on. A request answers -ETIMEDOUT after 10 s, and -ESHUTDOWN when nobody listens at the path any more, or who does
+ * knows no such guest. After both, and after -EPROTO, every call that needs the service answers -ESHUTDOWN: the guest
+ * is lost to this process. */
 DIRTYRING_API int dirtyring_connect(const char *socket_path, struct dirtyring_vm **vm);
 
 struct dirtyring_guest {
@@ -60,26 +61,26 @@ struct dirtyring_guest {
 DIRTYRING_API int dirtyring_connect_guest(const char *socket_path, const struct dirtyring_guest *attr,
                                           struct dirtyring_vm **vm);
 
-/* Takes a guest over from another process, dead or alive: a VMM that updates itself or comes back after a crash. Its objects, maps
- * and devices stay; its rings are opened anew and go on with the first entry that was not released. Commands of the predecessor
- * that are on their way are done, but their completions are nobody's; those it had not submitted are forgotten. A predecessor that lives must
- * have left: a call of its that needs the service would take the guest back.
- * Errors of dirtyring_connect. -ENOENT: no guest has this secret. */
+/* Takes a guest over from another process, dead or alive: a VMM that updates itself or comes back after a crash. Its
+ * objects, maps and devices stay; its rings are opened anew and go on with the first entry that was not released.
+ * Commands of the predecessor that are on their way are done, but their completions are nobody's; those it had not
+ * submitted are forgotten. A predecessor that lives must have left: a call of its that needs the service would take the
+ * guest back. Errors of dirtyring_connect. -ENOENT: no guest has this secret. */
 DIRTYRING_API int dirtyring_take(const char *socket_path, const uint8_t secret[16], struct dirtyring_vm **vm);
 
-/* The same as dirtyring_connect over a connected socket, which is consumed in any case and cannot be connected again: when it
- * breaks, the guest is lost. */
+/* The same as dirtyring_connect over a connected socket, which is consumed in any case and cannot be connected again:
+ * when it breaks, the guest is lost. */
 DIRTYRING_API int dirtyring_connect_fd(int socket, struct dirtyring_vm **vm);
 
-/* Frees the guest and closes; rings and sets opened from vm must be closed before. NULL is allowed. Waits up to 2 s for a service
- * that is away; one that stays away frees the guest when this process has ended and linger_ms have passed. */
+/* Frees the guest and closes; rings and sets opened from vm must be closed before. NULL is allowed. Waits up to 2 s for
+ * a service that is away; one that stays away frees the guest when this process has ended and linger_ms have passed. */
 DIRTYRING_API void dirtyring_close(struct dirtyring_vm *vm);
 
 /* Closes as well, but leaves the guest to a successor, for linger_ms. NULL is allowed. */
 DIRTYRING_API void dirtyring_leave(struct dirtyring_vm *vm);
 
-/* For event loops that watch dirtyring_socket(), after a hang-up: connects again. 0: all is as before, also if nothing had broken.
- * -ETIMEDOUT: not within 10 s. -ESHUTDOWN: the service is gone. */
+/* For event loops that watch dirtyring_socket(), after a hang-up: connects again. 0: all is as before, also if nothing
+ * had broken. -ETIMEDOUT: not within 10 s. -ESHUTDOWN: the service is gone. */
 DIRTYRING_API int dirtyring_reconnect(struct dirtyring_vm *vm);
 
 /* One sentence about the last failure of this thread. Never NULL. */
@@ -91,12 +92,13 @@ DIRTYRING_API const uint8_t *dirtyring_token(const struct dirtyring_vm *vm);
 /* 16 bytes which entitle a successor to take this guest. Valid until dirtyring_close. */
 DIRTYRING_API const uint8_t *dirtyring_secret(const struct dirtyring_vm *vm);
 
-/* The socket, to be watched for a hang-up (POLLRDHUP) and nothing else: the service's worker has died; dirtyring_reconnect() tells
- * whether there is another. The number stays the same for as long as vm lives, but an epoll forgets it when the library connects
- * again, in any call: register it anew. */
+/* The socket, to be watched for a hang-up (POLLRDHUP) and nothing else: the service's worker has died;
+ * dirtyring_reconnect() tells whether there is another. The number stays the same for as long as vm lives, but an epoll
+ * forgets it when the library connects again, in any call: register it anew. */
 DIRTYRING_API int dirtyring_socket(const struct dirtyring_vm *vm);
 
-/* A device that holds the guest up: it has been inside a section for stall_ms, and runs, unmaps or syncs wait for it. */
+/* A device that holds the guest up: it has been inside a section for stall_ms, and runs, unmaps or syncs wait for
+ * it. */
 struct dirtyring_stalled {
     uint64_t since_ns; /* CLOCK_MONOTONIC */
     uint32_t device;   /* its id */
@@ -107,7 +109,8 @@ struct dirtyring_stalled {
  * dirtyring_command_fd() becomes readable: ask after arming. */
 DIRTYRING_API bool dirtyring_stalled(const struct dirtyring_vm *vm, struct dirtyring_stalled *out);
 
-/* Guest memory [oa, oa + length) is at offset of memfd. The descriptor is duplicated for the devices. Before the first device. */
+/* Guest memory [oa, oa + length) is at offset of memfd. The descriptor is duplicated for the devices. Before the first
+ * device. */
 DIRTYRING_API int dirtyring_memory_add(struct dirtyring_vm *vm, uint64_t oa, uint64_t length, int memfd,
                                        uint64_t offset);
 
@@ -163,7 +166,7 @@ DIRTYRING_API int dirtyring_hwpt_status(struct dirtyring_vm *vm, uint32_t hwpt, 
 /* Frees an ioas or an hwpt. -EBUSY: an hwpt needs the ioas, or a device the hwpt. */
 DIRTYRING_API int dirtyring_destroy(struct dirtyring_vm *vm, uint32_t object);
 
-/* ---- maps, one by one: submit and wait ---------------------------------------------------------------------------- */
+/* ---- maps, one by one: submit and wait --------------------------------------------------------------------------- */
 
 enum dirtyring_map_flags {
     DIRTYRING_READ = DR_MAP_READ,
@@ -187,39 +190,41 @@ struct dirtyring_unmapped {
                        passed this very marker, which may come before or after; 0: none */
 };
 
-/* All of them wait for the service, for as long as it takes. -ESHUTDOWN: it is gone. -EBUSY: completions of pipelined commands wait to be reaped
- * and there is no room left. */
+/* All of them wait for the service, for as long as it takes. -ESHUTDOWN: it is gone. -EBUSY: completions of pipelined
+ * commands wait to be reaped and there is no room left. */
 DIRTYRING_API int dirtyring_map(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t oa,
                                 uint32_t flags);
-/* -EAGAIN: a ring is full, or tracking has begun meanwhile; result->done bytes are unmapped: release entries of the rings,
- * then unmap the rest.
+/* -EAGAIN: a ring is full, or tracking has begun meanwhile; result->done bytes are unmapped: release entries of the
+ * rings, then unmap the rest.
  * length UINT64_MAX: to the end of the space. result may be NULL. */
 DIRTYRING_API int dirtyring_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                   uint32_t harvest, struct dirtyring_unmapped *result);
-/* On return of enable every DMA that begins is tracked; on return of disable none is. Both wait for syncs that were asked for before,
- * which wait for room in the rings, after a restart of the service perhaps once more for one whose markers have been released. So let
- * another thread release entries meanwhile. -ENODEV of enable: a device is attached that cannot be tracked, which
- * dirtyring_hwpt_status() names; nothing was changed. */
+/* On return of enable every DMA that begins is tracked; on return of disable none is. Both wait for syncs that were
+ * asked for before, which wait for room in the rings, after a restart of the service perhaps once more for one whose
+ * markers have been released. So let another thread release entries meanwhile. -ENODEV of enable: a device is attached
+ * that cannot be tracked, which dirtyring_hwpt_status() names; nothing was changed. */
 DIRTYRING_API int dirtyring_enable(struct dirtyring_vm *vm, uint32_t hwpt);
 DIRTYRING_API int dirtyring_disable(struct dirtyring_vm *vm, uint32_t hwpt);
 
-/* Makes leaves in [iova, iova + length) smaller, 2^leaf_lg2 bytes at most, or larger, up to 2^leaf_lg2 bytes where what is mapped allows it,
- * while devices use them. What was dirty is: the parts of a leaf that is split all are, if it was. No leaf is of two maps. */
+/* Makes leaves in [iova, iova + length) smaller, 2^leaf_lg2 bytes at most, or larger, up to 2^leaf_lg2 bytes where what
+ * is mapped allows it, while devices use them. What was dirty is: the parts of a leaf that is split all are, if it was.
+ * No leaf is of two maps. */
 DIRTYRING_API int dirtyring_split(struct dirtyring_vm *vm, uint32_t hwpt, uint64_t iova, uint64_t length,
                                   uint32_t leaf_lg2);
 DIRTYRING_API int dirtyring_collapse(struct dirtyring_vm *vm, uint32_t hwpt, uint64_t iova, uint64_t length,
                                      uint32_t leaf_lg2);
 
-/* ---- maps, pipelined ---------------------------------------------------------------------------------------------- */
+/* ---- maps, pipelined --------------------------------------------------------------------------------------------- */
 
-/* Queues a command; it is sent by dirtyring_submit, or with the next call that submits itself. Commands on overlapping IOVAs take effect in order.
- * A command behind an unmap that answers -EAGAIN runs nevertheless: link what depends on it by waiting.
- * -EAGAIN: the queue is full: submit and reap. Any value of user_data. */
+/* Queues a command; it is sent by dirtyring_submit, or with the next call that submits itself. Commands on overlapping
+ * IOVAs take effect in order. A command behind an unmap that answers -EAGAIN runs nevertheless: link what depends on it
+ * by waiting. -EAGAIN: the queue is full: submit and reap. Any value of user_data. */
 DIRTYRING_API int dirtyring_queue_map(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                       uint64_t oa, uint32_t flags, uint64_t user_data);
 DIRTYRING_API int dirtyring_queue_unmap(struct dirtyring_vm *vm, uint32_t ioas, uint64_t iova, uint64_t length,
                                         uint32_t harvest, uint64_t user_data);
-/* Puts a sync marker with `cookie` (43 bits; the library keeps the rest) into every ring of the hwpt; see dirtyring_set_sync for the usual way. */
+/* Puts a sync marker with `cookie` (43 bits; the library keeps the rest) into every ring of the hwpt; see
+ * dirtyring_set_sync for the usual way. */
 DIRTYRING_API int dirtyring_queue_sync(struct dirtyring_vm *vm, uint32_t hwpt, uint64_t cookie, uint64_t user_data);
 
 /* Hands queued commands to the service. Never blocks. */
@@ -228,30 +233,31 @@ DIRTYRING_API int dirtyring_submit(struct dirtyring_vm *vm);
 /* Takes up to `max` completions, returns how many. Never blocks. */
 DIRTYRING_API uint32_t dirtyring_reap(struct dirtyring_vm *vm, struct dr_completion *completions, uint32_t max);
 
-/* Asks for one call when a completion comes; true if there is none yet, and dirtyring_command_fd may be waited for (poll,
- * epoll, io_uring; readable). Arming resets the fd: never read it. */
+/* Asks for one call when a completion comes; true if there is none yet, and dirtyring_command_fd may be waited for
+ * (poll, epoll, io_uring; readable). Arming resets the fd: never read it. */
 DIRTYRING_API bool dirtyring_command_arm(struct dirtyring_vm *vm);
 DIRTYRING_API int dirtyring_command_fd(const struct dirtyring_vm *vm);
 
-/* ---- one ring: a shard of an hwpt --------------------------------------------------------------------------------- */
+/* ---- one ring: a shard of an hwpt -------------------------------------------------------------------------------- */
 
 DIRTYRING_API int dirtyring_ring_open(struct dirtyring_vm *vm, uint32_t hwpt, uint32_t shard,
                                       struct dirtyring_ring **ring);
 DIRTYRING_API void dirtyring_ring_close(struct dirtyring_ring *ring);
 
-/* The next published entries, contiguous and in place: *entries is valid until released. 0: none. Peeking again gives those
- * behind. Decode with dr_is_marker(), dr_run_address() and dr_run_length(). */
+/* The next published entries, contiguous and in place: *entries is valid until released. 0: none. Peeking again gives
+ * those behind. Decode with dr_is_marker(), dr_run_address() and dr_run_length(). */
 DIRTYRING_API uint32_t dirtyring_ring_peek(struct dirtyring_ring *ring, const uint64_t **entries);
 
-/* Gives back the oldest n entries peeked. Release after the copy: what is not released comes again after a reconnect. */
+/* Gives back the oldest n entries peeked. Release after the copy: what is not released comes again after a
+ * reconnect. */
 DIRTYRING_API void dirtyring_ring_release(struct dirtyring_ring *ring, uint32_t n);
 
-/* Asks for one call when an entry comes behind those peeked; true if there is none yet, and dirtyring_ring_fd may be waited
- * for. Arming resets the fd: never read it. */
+/* Asks for one call when an entry comes behind those peeked; true if there is none yet, and dirtyring_ring_fd may be
+ * waited for. Arming resets the fd: never read it. */
 DIRTYRING_API bool dirtyring_ring_arm(struct dirtyring_ring *ring);
 DIRTYRING_API int dirtyring_ring_fd(const struct dirtyring_ring *ring);
 
-/* ---- all rings of an hwpt as one ---------------------------------------------------------------------------------- */
+/* ---- all rings of an hwpt as one --------------------------------------------------------------------------------- */
 
 struct dirtyring_batch {
     const uint64_t *entries; /* in place */
@@ -263,8 +269,8 @@ struct dirtyring_batch {
 DIRTYRING_API int dirtyring_set_open(struct dirtyring_vm *vm, uint32_t hwpt, struct dirtyring_set **set);
 DIRTYRING_API void dirtyring_set_close(struct dirtyring_set *set);
 
-/* The next entries of the next ring that has some, in turn; markers are among them. false: none has. Batches of one ring are
- * released in the order in which they were peeked. */
+/* The next entries of the next ring that has some, in turn; markers are among them. false: none has. Batches of one
+ * ring are released in the order in which they were peeked. */
 DIRTYRING_API bool dirtyring_set_peek(struct dirtyring_set *set, struct dirtyring_batch *batch);
 DIRTYRING_API void dirtyring_set_release(struct dirtyring_set *set, const struct dirtyring_batch *batch);
 
@@ -272,33 +278,35 @@ DIRTYRING_API void dirtyring_set_release(struct dirtyring_set *set, const struct
 DIRTYRING_API bool dirtyring_set_arm(struct dirtyring_set *set);
 DIRTYRING_API int dirtyring_set_fd(const struct dirtyring_set *set);
 
-/* Arms and sleeps in one system call, for who waits for nothing else. 1: peek, something may be there; 0: timeout_ms are over (-1: never);
- * -EINTR: a signal. A service that is gone calls nobody: see dirtyring_socket. */
+/* Arms and sleeps in one system call, for who waits for nothing else. 1: peek, something may be there; 0: timeout_ms
+ * are over (-1: never); -EINTR: a signal. A service that is gone calls nobody: see dirtyring_socket. */
 DIRTYRING_API int dirtyring_set_wait(struct dirtyring_set *set, int timeout_ms);
 
-/* Starts a sync of the hwpt, from any thread: whoever has released every entry up to its markers has all whose DMA had completed before this call.
- * Go on with peek and release until dirtyring_set_synced. -EBUSY: one is running, or queued commands leave no room until they are reaped. */
+/* Starts a sync of the hwpt, from any thread: whoever has released every entry up to its markers has all whose DMA had
+ * completed before this call. Go on with peek and release until dirtyring_set_synced. -EBUSY: one is running, or queued
+ * commands leave no room until they are reaped. */
 DIRTYRING_API int dirtyring_set_sync(struct dirtyring_set *set);
 
-/* 1: the markers of all rings have been released. 0: not yet, or no sync was started. Negative: the service refused, or is gone, or the last sync
- * could not start. Never waits: while the service is away, the answer is 0. */
+/* 1: the markers of all rings have been released. 0: not yet, or no sync was started. Negative: the service refused, or
+ * is gone, or the last sync could not start. Never waits: while the service is away, the answer is 0. */
 DIRTYRING_API int dirtyring_set_synced(struct dirtyring_set *set);
 
-/* ---- a bitmap, for those who want one ----------------------------------------------------------------------------- */
+/* ---- a bitmap, for those who want one ---------------------------------------------------------------------------- */
 
-/* Reads all rings of an hwpt, and nobody else does meanwhile. Keeps what they report until it is read: in this process, so a successor takes
- * everything for dirty. */
+/* Reads all rings of an hwpt, and nobody else does meanwhile. Keeps what they report until it is read: in this process,
+ * so a successor takes everything for dirty. */
 struct dirtyring_log;
 DIRTYRING_API int dirtyring_log_open(struct dirtyring_vm *vm, uint32_t hwpt, struct dirtyring_log **log);
 DIRTYRING_API void dirtyring_log_close(struct dirtyring_log *log);
 
 #define DIRTYRING_LOG_KEEP 1u /* what is reported stays dirty; as IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR */
 
-/* Sets a bit for each page of 2^page_lg2 bytes, 12 to 63, that has a page of 4 KiB in [address, address + length) which was written by DMA
- * that ended before this call: bit 0 of byte 0 for the page that address is in. Sets no bit to 0. What is set in no bit is cleared by none:
- * a page that lies in the range in part is read in part. Neither range nor bitmap need be aligned to anything. Addresses are
- * those of the hwpt's space. -EINVAL: length is 0 or wraps; page_lg2; an unknown flag. -EOVERFLOW: the service has lost track, and
- * everything is dirty; told once. Else as dirtyring_set_synced; what was reported is kept. */
+/* Sets a bit for each page of 2^page_lg2 bytes, 12 to 63, that has a page of 4 KiB in [address, address + length) which
+ * was written by DMA that ended before this call: bit 0 of byte 0 for the page that address is in. Sets no bit to 0.
+ * What is set in no bit is cleared by none: a page that lies in the range in part is read in part. Neither range nor
+ * bitmap need be aligned to anything. Addresses are those of the hwpt's space. -EINVAL: length is 0 or wraps; page_lg2;
+ * an unknown flag. -EOVERFLOW: the service has lost track, and everything is dirty; told once. Else as
+ * dirtyring_set_synced; what was reported is kept. */
 DIRTYRING_API int dirtyring_log_read(struct dirtyring_log *log, uint64_t address, uint64_t length, uint32_t page_lg2,
                                      void *bitmap, uint32_t flags);
 

@@ -36,12 +36,14 @@ struct dirtyring_attach {
 };
 
 /* Connects, attaches to the hwpt, and maps the guest's memory and the tables. On return every walker knows the device's
- * cells. DMA is this process's alone: after fork(2) the child has no business here. Errors of connect(2), of struct dr_device_attach, and of mmap(2). *dev is NULL on failure. */
+ * cells. DMA is this process's alone: after fork(2) the child has no business here. Errors of connect(2), of struct
+ * dr_device_attach, and of mmap(2). *dev is NULL on failure. */
 DIRTYRING_API int dirtyring_device_attach(const char *socket_path, const struct dirtyring_attach *attach,
                                           struct dirtyring_device **dev);
 
-/* Detaches and frees; on failure the device stays. -EBUSY: a thread is in a section or holds a pin. NULL is allowed. Connects again if
- * the service's worker has died, which DMA need not know. When the service is gone there is nothing to detach from: frees, returns 0. */
+/* Detaches and frees; on failure the device stays. -EBUSY: a thread is in a section or holds a pin. NULL is allowed.
+ * Connects again if the service's worker has died, which DMA need not know. When the service is gone there is nothing
+ * to detach from: frees, returns 0. */
 DIRTYRING_API int dirtyring_device_detach(struct dirtyring_device *dev);
 
 /* The DMA of thread `index`; NULL if there is no such thread. */
@@ -69,8 +71,8 @@ struct dirtyring_fault {
     uint64_t done;  /* bytes transferred before it */
 };
 
-/* A section: short, for copies. Its runs are published after it ends, and map changes wait for it, so never sleep, wait or
- * do I/O inside. DMA outside a section makes one of its own, of at most 64 KiB at a time. Sections do not nest. */
+/* A section: short, for copies. Its runs are published after it ends, and map changes wait for it, so never sleep, wait
+ * or do I/O inside. DMA outside a section makes one of its own, of at most 64 KiB at a time. Sections do not nest. */
 DIRTYRING_API void dirtyring_dma_begin(struct dirtyring_dma *dma);
 DIRTYRING_API void dirtyring_dma_end(struct dirtyring_dma *dma);
 
@@ -87,16 +89,16 @@ DIRTYRING_API int dirtyring_dma_read(struct dirtyring_dma *dma, uint64_t iova, v
  *   dirtyring_dma_unpin(dma, pin);        after the data has landed
  *   … tell the guest …
  *
- * While it is pinned the translation stays: an unmap of the range waits, and so does a sync if the pin is for writing. Runs of
- * the range are published all the same. When the process dies, what was pinned for writing is reported; what the kernel brings in
- * for a request that outlives it, and that nobody told the guest of, is not. */
+ * While it is pinned the translation stays: an unmap of the range waits, and so does a sync if the pin is for writing.
+ * Runs of the range are published all the same. When the process dies, what was pinned for writing is reported; what
+ * the kernel brings in for a request that outlives it, and that nobody told the guest of, is not. */
 #define DIRTYRING_PIN_MAX (4u << 20) /* bytes of one pin */
 
-/* Pins [iova, iova + length) for DMA that reads guest memory (DIRTYRING_READ) or writes it (DIRTYRING_WRITE), and puts the pieces of
- * guest memory it translates to, in order, into `pieces`. *count: of entries there; on return, also of a failure, of those used.
- * iova and length need no alignment. Returns the pin, which is below dirtyring_attach.pins, or:
- * -EAGAIN: all pins are held. -EMSGSIZE: more pieces than *count, which now tells how many. -EINVAL: the length is 0 or over
- * DIRTYRING_PIN_MAX, or neither READ nor WRITE. -EFAULT: *fault tells (may be NULL). */
+/* Pins [iova, iova + length) for DMA that reads guest memory (DIRTYRING_READ) or writes it (DIRTYRING_WRITE), and puts
+ * the pieces of guest memory it translates to, in order, into `pieces`. *count: of entries there; on return, also of a
+ * failure, of those used. iova and length need no alignment. Returns the pin, which is below dirtyring_attach.pins, or:
+ * -EAGAIN: all pins are held. -EMSGSIZE: more pieces than *count, which now tells how many. -EINVAL: the length is 0 or
+ * over DIRTYRING_PIN_MAX, or neither READ nor WRITE. -EFAULT: *fault tells (may be NULL). */
 DIRTYRING_API int dirtyring_dma_pin(struct dirtyring_dma *dma, uint64_t iova, uint64_t length, uint32_t direction,
                                     struct iovec *pieces, uint32_t *count, struct dirtyring_fault *fault);
 

@@ -71,7 +71,8 @@ template <class T> int draw(T &out)
     return 0;
 }
 
-// Maps a whole region that the service has handed out. -EPROTO: it is shorter than `minimum`, which would be a SIGBUS later.
+// Maps a whole region that the service has handed out. -EPROTO: it is shorter than `minimum`, which would be a SIGBUS
+// later.
 inline int map_region(const Fd &fd, std::uint64_t minimum, int protection, const char *what, Mapping &out)
 {
     struct stat status;

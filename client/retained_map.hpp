@@ -1,7 +1,7 @@
 // What the runs of IOVA rings mean. An IOVA may have been unmapped and mapped again before its run is read; a run
 // before the epoch marker of an unmap means the map that the unmap ended. So a map that has gone is retained until the
-// ring of its slice has passed that very marker (unmaps of other IOVAs may overtake it), and a run names the oldest retained map of
-// its IOVA.
+// ring of its slice has passed that very marker (unmaps of other IOVAs may overtake it), and a run names the oldest
+// retained map of its IOVA.
 //
 //   ring of a slice    … run of X … marker 5 … run of X … marker 9 … run of X …
 //   X means                 A                     B                     C (live)
@@ -57,8 +57,8 @@ class RetainedMap
         });
     }
 
-    // The ring of the slice has passed the marker of `epoch`, perhaps before the unmap was heard to be complete. It may come again
-    // after a restart of the service.
+    // The ring of the slice has passed the marker of `epoch`, perhaps before the unmap was heard to be complete. It may
+    // come again after a restart of the service.
     void passed(std::uint32_t shard, std::uint64_t epoch)
     {
         Slice &slice = slices_.at(shard);
@@ -67,8 +67,8 @@ class RetainedMap
             slice.read.push_back(epoch);
     }
 
-    // Visits (oa, length) of each piece of a run, in order. False: some of it is not mapped, as may be with a run that came
-    // again after a restart of the service; the rest has been visited.
+    // Visits (oa, length) of each piece of a run, in order. False: some of it is not mapped, as may be with a run that
+    // came again after a restart of the service; the rest has been visited.
     template <class Visit>
     [[nodiscard]] bool translate(std::uint32_t shard, std::uint64_t start, std::uint64_t length, Visit visit) const
     {
@@ -117,8 +117,8 @@ class RetainedMap
         std::deque<Gone> gone;           // oldest first
         std::vector<std::uint64_t> read; // epochs whose markers came before their unmap was heard to be complete
 
-        // The OA of `at` in the oldest map; `end` shrinks to where that map, or this map's being the oldest, ends. Null: none; `end`
-        // shrinks to where the next one begins.
+        // The OA of `at` in the oldest map; `end` shrinks to where that map, or this map's being the oldest, ends.
+        // Null: none; `end` shrinks to where the next one begins.
         [[nodiscard]] std::optional<std::uint64_t> oldest(std::uint64_t at, std::uint64_t &end) const
         {
             for (const Gone &g : gone) {

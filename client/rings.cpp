@@ -295,7 +295,8 @@ int dirtyring_set_synced(dirtyring_set *set)
         if (const int error = command_result(set->command, completion.result); error != 0)
             return set->finish_sync(error);
     }
-    // The end of a ring wakes whoever sleeps on the set's fd; the completion that says the same may come later and wakes nobody.
+    // The end of a ring wakes whoever sleeps on the set's fd; the completion that says the same may come later and
+    // wakes nobody.
     if ((set->ended & set->missing) != 0)
         return set->finish_sync(command_result(set->command, -ECANCELED));
     for (std::uint32_t shard = 0; shard < set->count; ++shard) {

@@ -12,7 +12,8 @@ namespace dirtyring::client {
 int check_ring(const Mapping &map, std::size_t offset, dr_ring_kind kind, std::uint32_t entry_size,
                dr_ring_header &header);
 
-// Cookies from here up are those of dirtyring_set_sync, so that a set never takes the marker of dirtyring_queue_sync for its own.
+// Cookies from here up are those of dirtyring_set_sync, so that a set never takes the marker of dirtyring_queue_sync
+// for its own.
 inline constexpr std::uint64_t own_cookies = 1ull << (DR_PAYLOAD_BITS - 1);
 
 } // namespace dirtyring::client

@@ -1,7 +1,7 @@
 // The hardware's side: one DMA thread of a device, with its IOTLB. No allocation, no system calls; used by one thread.
 //
-// The tables may have been scribbled on by another device of the same guest: every index taken from an entry is checked.
-// The translation region is the service's and read-only, its header was checked by TranslationView::open.
+// The tables may have been scribbled on by another device of the same guest: every index taken from an entry is
+// checked. The translation region is the service's and read-only, its header was checked by TranslationView::open.
 #pragma once
 
 #include "iommu/fault.hpp"
@@ -224,8 +224,9 @@ template <Format F> class DmaThread
         });
     }
 
-    // Inside a section: pins [iova, iova + length) for DMA that goes on when the section is over. Calls piece(host, n) for each
-    // contiguous piece of guest memory, in order. length: 1 to pin_bytes_max. -EAGAIN: all slots are held; -EFAULT: see `fault`.
+    // Inside a section: pins [iova, iova + length) for DMA that goes on when the section is over. Calls piece(host, n)
+    // for each contiguous piece of guest memory, in order. length: 1 to pin_bytes_max. -EAGAIN: all slots are held;
+    // -EFAULT: see `fault`.
     template <class Piece>
     int pin(std::uint64_t iova, std::uint64_t length, bool write, unsigned &slot, DmaFault &fault, Piece piece)
     {
@@ -385,7 +386,8 @@ template <Format F> class DmaThread
                                          std::byte *&host, std::uint64_t &contiguous)
     {
         const dr_translation_header &h = view_.header();
-        // Loaded after the generation; enabling advances after the store, so a stale word is waited for or walked again.
+        // Loaded after the generation; enabling advances after the store, so a stale word is waited for or walked
+        // again.
         const bool tracking = F::tracks(view_.context(iova));
         const std::uint64_t breaking = view_.breaking(iova);
         Rights rights{true, true};
@@ -420,7 +422,8 @@ template <Format F> class DmaThread
                 return std::nullopt; // it was split, or unmapped
 
             const std::uint64_t oa = e.address + (iova & ((1ull << e.lg2) - 1));
-            // In pieces, of which none spans two regions. A large one that straddles two regions of memory is cached in small ones.
+            // In pieces, of which none spans two regions. A large one that straddles two regions of memory is cached in
+            // small ones.
             unsigned lg2 = e.lg2 >= large_lg2 ? large_lg2 : e.lg2 >= middle_lg2 ? middle_lg2 : small_lg2;
             std::byte *base = piece_of_memory(oa, lg2);
             if (base == nullptr && lg2 != small_lg2)
@@ -460,8 +463,8 @@ template <Format F> class DmaThread
             std::atomic_ref(entry).compare_exchange_strong(seen, wanted, std::memory_order_seq_cst);
     }
 
-    // Sets A, and D if `dirty`, by compare-and-swap on the live leaf, as long as it still translates as `seen` does; then
-    // the summary, if it was this call that set D. False: the entry has changed.
+    // Sets A, and D if `dirty`, by compare-and-swap on the live leaf, as long as it still translates as `seen` does;
+    // then the summary, if it was this call that set D. False: the entry has changed.
     bool set_accessed(std::uint64_t *entry, std::uint64_t seen, bool dirty, std::uint64_t word, unsigned index,
                       std::uint64_t iova)
     {

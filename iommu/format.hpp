@@ -1,9 +1,10 @@
-// What every page-table format must say of its entries. A format is one file (format_*.hpp) and the only place that knows a bit;
-// formats.hpp lists them.
+// What every page-table format must say of its entries. A format is one file (format_*.hpp) and the only place that
+// knows a bit; formats.hpp lists them.
 //
 //   level    0 holds leaves of the granule's size; an entry at level l spans granule << (l * table_lg2) bytes
 //   table    512 entries of 8 bytes in 4 KiB; a line is the 8 entries of a cache line
-//   leaf     2^lg2 bytes. Where it is larger than what an entry of its level spans, the same entry stands in 2^(lg2 − span) places,
+//   leaf     2^lg2 bytes. Where it is larger than what an entry of its level spans, the same entry stands in 2^(lg2 −
+//            span) places,
 //            its replicas, next to each other; hardware may set A and D in any of them
 //   context  the word of the device's context, in the hardware's layout, that says whether hardware sets A and D at all
 #pragma once
@@ -67,33 +68,39 @@ struct Entry {
     bool operator==(const Entry &) const = default;
 };
 
-// `tracked`: of an hwpt with dirty tracking. Where D stands in for the right to write, a leaf of any other hwpt has no D.
-// Version 14 does not know how to break a concept.
+// `tracked`: of an hwpt with dirty tracking. Where D stands in for the right to write, a leaf of any other hwpt has no
+// D. Version 14 does not know how to break a concept.
 // clang-format off
 template <class F>
-concept Format = requires(std::uint64_t entry, std::uint64_t &live, unsigned level, unsigned lg2, Rights rights, bool flag) {
+concept Format = requires(std::uint64_t entry, std::uint64_t &live, unsigned level, unsigned lg2, Rights rights,
+                          bool flag) {
     { F::id } -> std::convertible_to<unsigned>;           // enum dr_format of ring/control.h
     { F::name } -> std::convertible_to<const char *>;
     { F::levels_min } -> std::convertible_to<unsigned>;   // of a page table
     { F::levels_max } -> std::convertible_to<unsigned>;
     { F::oa_lg2 } -> std::convertible_to<unsigned>;       // OAs are below 2^oa_lg2
-    { F::always_on } -> std::convertible_to<bool>;        // what is tracked can be written only while the context tracks
+    { F::always_on } -> std::convertible_to<bool>;        // what is tracked can be written only while the context
+                                                          // tracks
     { F::sizes(level) } -> std::same_as<std::uint64_t>;   // bit n: a leaf at this level may have 2^n bytes
     { F::leaf(entry, lg2, rights, flag) } -> std::same_as<std::uint64_t>; // of an OA; tracked
     { F::table(entry, level) } -> std::same_as<std::uint64_t>;            // of a table index; level of the table named
     { F::decode(entry, level) } -> std::same_as<Entry>;
     { F::usable_as_is(entry, flag) } -> std::same_as<bool>; // a leaf, by hardware that sets neither A nor D; write
-    { F::accessed(entry, flag) } -> std::same_as<std::uint64_t>; // a leaf with A, and if asked and it may be written with D
+    { F::accessed(entry, flag) } -> std::same_as<std::uint64_t>; // a leaf with A, and if asked and it may be written
+                                                                 // with D
     { F::accessed_table(entry) } -> std::same_as<std::uint64_t>; // a table entry with A, where such have it
     { F::dirty(entry) } -> std::same_as<bool>;               // a leaf with D
     { F::leaf_dirty } -> std::convertible_to<Pattern>;       // the same of an entry that is a leaf, for many at once
     { F::leaf_settled } -> std::convertible_to<Pattern>;     // D and A: hardware changes nothing in it any more
-    { F::dirty_flip } -> std::convertible_to<std::uint64_t>; // the bits in which a leaf with D differs from itself without
+    { F::dirty_flip } -> std::convertible_to<std::uint64_t>; // the bits in which a leaf with D differs from itself
+                                                             // without
     { F::same_translation(entry, entry) } -> std::same_as<bool>; // but for A and D
     { F::make_clean(live) } -> std::same_as<void>;           // a live leaf with D; one RMW, seq_cst (S4)
     { F::make_dirty(live) } -> std::same_as<void>;           // a live leaf, if it may be written; one RMW, seq_cst
-    { F::nt } -> std::convertible_to<std::uint64_t>;         // a leaf that is not cached while it is split; 0: there is no such bit
-    { F::context(flag) } -> std::same_as<std::uint64_t>;     // the word that makes hardware set A and D, or leave them alone
+    { F::nt } -> std::convertible_to<std::uint64_t>;         // a leaf that is not cached while it is split; 0: there is
+                                                             // no such bit
+    { F::context(flag) } -> std::same_as<std::uint64_t>;     // the word that makes hardware set A and D, or leave them
+                                                             // alone
     { F::tracks(entry) } -> std::same_as<bool>;              // does this word make it?
 };
 // clang-format on

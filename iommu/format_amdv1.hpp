@@ -1,16 +1,19 @@
-// AMD I/O Virtualization Technology (IOMMU) Specification, rev 3.08, section 2.2.3: v1 page tables ("host page tables").
+// AMD I/O Virtualization Technology (IOMMU) Specification, rev 3.08, section 2.2.3: v1 page tables ("host page
+// tables").
 //
 //    63 62 61 60 59           52 51                             12 11     9 8   7  6 5  4    1 0
 //   ┌──┬──┬──┬──┬───────────────┬─────────────────────────────────┬────────┬─────┬──┬──┬──────┬──┐
 //   │  │IW│IR│  │               │ OA, or the next table           │  next  │     │ D│ A│      │PR│
 //   └──┴──┴──┴──┴───────────────┴─────────────────────────────────┴────────┴─────┴──┴──┴──────┴──┘
 //   next: 0 a leaf of what an entry of this level spans; 1..6 a table of that level, the spec's level 1 being ours 0;
-//         7 a larger leaf, smaller than what an entry of the level above spans, in replicas. Its size stands in the bits of the OA that it
+//         7 a larger leaf, smaller than what an entry of the level above spans, in replicas. Its size stands in the
+//         bits of the OA that it
 //         leaves free: the lowest 0 from bit 12 up is bit lg2 − 1, and below it are ones:
 //
 //           OA 51..lg2 │ 0 │ 1 … 1 │ 11..0        8 KiB: bit 12 is 0; 64 KiB: bits 15..12 are 0111
 //
-// A and D are set by hardware as the device table entry's field HAD says (section 2.2.2.1, bits 8:7 of its first word): 3 both.
+// A and D are set by hardware as the device table entry's field HAD says (section 2.2.2.1, bits 8:7 of its first word):
+// 3 both.
 #pragma once
 
 #include "iommu/format.hpp"

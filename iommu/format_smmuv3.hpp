@@ -1,24 +1,26 @@
-// Arm Architecture Reference Manual (DDI 0487), section D8.3: VMSAv8-64 descriptors of the 4 KiB granule, as an SMMUv3 walks them
-// (Arm System Memory Management Unit Architecture Specification, IHI 0070, sections 3.13 and 5). The spec's level 3 is ours 0.
+// Arm Architecture Reference Manual (DDI 0487), section D8.3: VMSAv8-64 descriptors of the 4 KiB granule, as an SMMUv3
+// walks them (Arm System Memory Management Unit Architecture Specification, IHI 0070, sections 3.13 and 5). The spec's
+// level 3 is ours 0.
 //
 //    63       52 51  50     48 47                       12 11 10  9 8  7  6 5        2 1   0
 //   ┌───────────┬───┬─────────┬───────────────────────────┬──┬──┬────┬─────┬──────────┬──────┐
 //   │           │DBM│         │ OA, or the next table     │nG│AF│ SH │ AP  │          │ type │
 //   └───────────┴───┴─────────┴───────────────────────────┴──┴──┴────┴─────┴──────────┴──────┘
-//   type: 11 a table, in the lowest tables a leaf of 4 KiB; 01 a leaf of 2 MiB or 1 GiB, whose bit 16 is nT; else nothing
+//   type: 11 a table, in the lowest tables a leaf of 4 KiB; 01 a leaf of 2 MiB or 1 GiB, whose bit 16 is nT; else
+//   nothing
 //
 //   stage 2   S2AP: bit 6 may be read, bit 7 may be written
-//   stage 1   AP:   bit 6 AP[1] unprivileged accesses, as devices' are; bit 7 AP[2] read-only. There is no write-only: what is mapped
-//             for writing can be read as well
+//   stage 1   AP:   bit 6 AP[1] unprivileged accesses, as devices' are; bit 7 AP[2] read-only. There is no write-only:
+//             what is mapped for writing can be read as well
 //
-// Dirty (section D8.5.2): a leaf with DBM may be written. It is dirty where the bits say so without DBM (stage 2: bit 7 is 1;
-// stage 1: bit 7 is 0), else clean, and hardware that sets D lets the first write through and turns bit 7; any other
-// raises a permission fault, as it does on an access while AF is 0. So devices set A and D for as long as there are leaves with DBM,
-// and leaves of an hwpt without dirty tracking have AF and the plain rights. Table entries have no A.
-// nG, SH, MemAttr and AttrIndx stay 0: emulated devices share the memory of one machine.
+// Dirty (section D8.5.2): a leaf with DBM may be written. It is dirty where the bits say so without DBM (stage 2: bit 7
+// is 1; stage 1: bit 7 is 0), else clean, and hardware that sets D lets the first write through and turns bit 7; any
+// other raises a permission fault, as it does on an access while AF is 0. So devices set A and D for as long as there
+// are leaves with DBM, and leaves of an hwpt without dirty tracking have AF and the plain rights. Table entries have no
+// A. nG, SH, MemAttr and AttrIndx stay 0: emulated devices share the memory of one machine.
 //
-// Enabled by the word that holds HA and HD: stage 2, of the stream table entry bits 191:128 (S2HD 183, S2HA 184); stage 1, of the context
-// descriptor bits 63:0 (HD 42, HA 43).
+// Enabled by the word that holds HA and HD: stage 2, of the stream table entry bits 191:128 (S2HD 183, S2HA 184); stage
+// 1, of the context descriptor bits 63:0 (HD 42, HA 43).
 #pragma once
 
 #include "iommu/format.hpp"

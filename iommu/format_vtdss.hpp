@@ -1,13 +1,16 @@
-// Intel Virtualization Technology for Directed I/O, Architecture Specification, rev 4.1, section 9.8: second-stage paging entries.
+// Intel Virtualization Technology for Directed I/O, Architecture Specification, rev 4.1, section 9.8: second-stage
+// paging entries.
 //
 //    63 62               52 51                             12 11 10  9  8  7 6      3  2  1  0
 //   ┌──┬───────────────────┬─────────────────────────────────┬─────┬──┬──┬──┬────────┬──┬──┬──┐
 //   │  │                   │ OA, or the next table           │     │ D│ A│PS│        │ X│ W│ R│
 //   └──┴───────────────────┴─────────────────────────────────┴─────┴──┴──┴──┴────────┴──┴──┴──┘
-//   valid: R or W.   PS 1: a leaf of 2 MiB or 1 GiB, whose OA is aligned; in the lowest tables every entry is a leaf of 4 KiB.
+//   valid: R or W.   PS 1: a leaf of 2 MiB or 1 GiB, whose OA is aligned; in the lowest tables every entry is a leaf of
+//   4 KiB.
 //   A stands in entries that name a table, too (section 3.7.2); X, EMT, IPAT, SNP and TM stay 0.
 //
-// A and D are set by hardware when bit 9 of the scalable-mode PASID table entry is 1: Second Stage Access/Dirty Enable (section 9.6).
+// A and D are set by hardware when bit 9 of the scalable-mode PASID table entry is 1: Second Stage Access/Dirty Enable
+// (section 9.6).
 #pragma once
 
 #include "iommu/format.hpp"

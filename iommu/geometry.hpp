@@ -39,9 +39,9 @@ constexpr std::uint64_t tables_at(unsigned slice_lg2, unsigned level)
     return covering(slice_lg2, entry_lg2(level + 1));
 }
 
-// Every table that a shard could ever have has a number of its own in the shard's index range, level by level from the top, in the order
-// of IOVAs: tables that translate neighbours are neighbours, and the eight below a line share a byte of table bits. The lowest ones, for
-// 1 GiB each time, share a large page.
+// Every table that a shard could ever have has a number of its own in the shard's index range, level by level from the
+// top, in the order of IOVAs: tables that translate neighbours are neighbours, and the eight below a line share a byte
+// of table bits. The lowest ones, for 1 GiB each time, share a large page.
 constexpr std::uint64_t first_number(unsigned slice_lg2, unsigned level)
 {
     if (level == top_level)
@@ -72,7 +72,8 @@ constexpr unsigned shards_most(unsigned aperture_lg2)
     return slices < shards_max ? static_cast<unsigned>(slices) : shards_max;
 }
 
-// Index of the first table at `level` among the top tables. With more levels than the aperture needs, the highest have one each.
+// Index of the first table at `level` among the top tables. With more levels than the aperture needs, the highest have
+// one each.
 constexpr std::uint64_t first_top_table(const dr_translation_header &h, unsigned level)
 {
     std::uint64_t index = 0;
@@ -86,10 +87,11 @@ constexpr std::uint64_t first_table(const dr_translation_header &h, unsigned sha
     return round_up(h.top_tables, 512) + shard * shard_tables(h.slice_lg2);
 }
 
-// aperture_lg2 within aperture_lg2_min..max; shards a power of two, up to shards_most; levels from levels_needed to levels_max, 0: as few
-// as needed.
+// aperture_lg2 within aperture_lg2_min..max; shards a power of two, up to shards_most; levels from levels_needed to
+// levels_max, 0: as few as needed.
 //
-// With one or two levels the root is a table of the only shard's: there is a top table above it, as ever, but nobody walks it.
+// With one or two levels the root is a table of the only shard's: there is a top table above it, as ever, but nobody
+// walks it.
 constexpr dr_translation_header make_geometry(unsigned format, unsigned aperture_lg2, unsigned shards,
                                               unsigned levels = 0)
 {

@@ -1,4 +1,5 @@
-// Advance, then wait: how an owner makes what devices have cached stale and knows that nobody uses it any more (S1, S3).
+// Advance, then wait: how an owner makes what devices have cached stale and knows that nobody uses it any more (S1,
+// S3).
 #pragma once
 
 #include "iommu/fault.hpp"

@@ -1,5 +1,5 @@
-// Lines of a table at once: in which entries match a pattern, and D taken out of those that have it. By the widest instructions that the
-// processor has.
+// Lines of a table at once: in which entries match a pattern, and D taken out of those that have it. By the widest
+// instructions that the processor has.
 //
 // Lines are listed first, many of them, then acted on: a branch for each line is bound by mispredictions.
 #pragma once
@@ -48,14 +48,14 @@ struct OpenTable {
 };
 
 inline constexpr std::size_t table_lines = table_entries / line_entries;
-// Looked at together: so many tables, or as few as have so many lines. Enough for memory to be busy, not so many that the core waits until it
-// can ask for more.
+// Looked at together: so many tables, or as few as have so many lines. Enough for memory to be busy, not so many that
+// the core waits until it can ask for more.
 inline constexpr std::size_t tables_at_once = 16;
 inline constexpr std::size_t lines_wanted = 16;
 inline constexpr std::size_t lines_at_once = tables_at_once * table_lines;
 
-// Asks for the line to write to it: for reading alone it would still be another core's when it is written. gcc makes a read of
-// __builtin_prefetch, and may drop a function of nothing but that. Older processors do nothing.
+// Asks for the line to write to it: for reading alone it would still be another core's when it is written. gcc makes a
+// read of __builtin_prefetch, and may drop a function of nothing but that. Older processors do nothing.
 inline void prefetch_to_write(const std::uint64_t *at)
 {
 #ifdef __x86_64__
@@ -65,7 +65,8 @@ inline void prefetch_to_write(const std::uint64_t *at)
 #endif
 }
 
-// Lines to be looked at next: asked for one by one, while those at hand keep the core busy. All at once they would keep it waiting.
+// Lines to be looked at next: asked for one by one, while those at hand keep the core busy. All at once they would keep
+// it waiting.
 class LinesAhead
 {
   public:
@@ -97,8 +98,8 @@ namespace scan {
 inline const bool has_avx512 = __builtin_cpu_supports("avx512f") != 0;
 inline const bool has_avx2 = __builtin_cpu_supports("avx2") != 0;
 
-// An aligned vector is loaded and stored entry by entry or as a whole, no entry torn, and ordered as any load and store is; entries that a
-// masked store leaves out are not written.
+// An aligned vector is loaded and stored entry by entry or as a whole, no entry torn, and ordered as any load and store
+// is; entries that a masked store leaves out are not written.
 
 __attribute__((target("avx512f"), always_inline)) inline unsigned line_avx512(const std::uint64_t *line, Pattern p)
 {
@@ -191,8 +192,8 @@ inline std::size_t find(const OpenTable &table, std::uint64_t lines, Pattern p, 
 
 } // namespace scan
 
-// Lists those of the table's lines `lines` in which entries match; room for table_lines. How many. Behind what took the lines from the
-// summary (S4).
+// Lists those of the table's lines `lines` in which entries match; room for table_lines. How many. Behind what took the
+// lines from the summary (S4).
 inline std::size_t find_lines(const OpenTable &table, std::uint64_t lines, Pattern p, unsigned which, LineEntries *out)
 {
 #if DIRTYRING_VECTORS
@@ -208,8 +209,8 @@ inline std::size_t find_lines(const OpenTable &table, std::uint64_t lines, Patte
     return scan::find(table, lines, p, which, out);
 }
 
-// Clears D of one leaf. Where A is set, too, no device has anything to set, so nobody else stores there: a store will do. Release: who finds D
-// clear also finds the summary bit taken (S4).
+// Clears D of one leaf. Where A is set, too, no device has anything to set, so nobody else stores there: a store will
+// do. Release: who finds D clear also finds the summary bit taken (S4).
 template <Format F> void make_clean(std::uint64_t &live)
 {
     std::atomic_ref entry(live);

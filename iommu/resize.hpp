@@ -1,15 +1,19 @@
 // Leaves made smaller (split, demote) and larger (collapse, promote), while devices write through them.
 //
-//   split of a replicated leaf   each replica: compare-and-swap, its D carried; then D in every part if any replica had it; then the record
-//   split by a table             its leaves as they shall be; noted; D in all of them if the large leaf has it; then compare-and-swap
-//   collapse within a table      the record; then each entry: compare-and-swap, its D carried: one dirty replica is a dirty leaf
-//   collapse of a table          swapped for the leaf; when nobody is left who found the table, D if any of its leaves has it; then
-//                                the note of the table goes. Before, a restart puts the table back
+//   split of a replicated leaf   each replica: compare-and-swap, its D carried; then D in every part if any replica had
+//                                it; then the record
+//   split by a table             its leaves as they shall be; noted; D in all of them if the large leaf has it; then
+//                                compare-and-swap
+//   collapse within a table      the record; then each entry: compare-and-swap, its D carried: one dirty replica is a
+//                                dirty leaf
+//   collapse of a table          swapped for the leaf; when nobody is left who found the table, D if any of its leaves
+//                                has it; then the note of the table goes. Before, a restart puts the table back
 //
 // In doubt the record has the larger leaves: what is dirty then is reported too widely, never too narrowly.
 //
-// Hardware that must not find a large leaf and the table in its place within one grace period (SMMUv3) gets both in two steps, with
-// the grace period between them: the old entry not cached any more (its nT bit), or gone, and whoever misses it waits.
+// Hardware that must not find a large leaf and the table in its place within one grace period (SMMUv3) gets both in two
+// steps, with the grace period between them: the old entry not cached any more (its nT bit), or gone, and whoever
+// misses it waits.
 #pragma once
 
 #include "iommu/slice.hpp"
@@ -49,8 +53,8 @@ template <Format F> class Resizer
     {
     }
 
-    // The owner before may have died with a table noted and a leaf in its place, or nothing. Devices may have found the leaf: so the
-    // table is linked as after a split, by settle(), once everything is advanced and they are gone.
+    // The owner before may have died with a table noted and a leaf in its place, or nothing. Devices may have found the
+    // leaf: so the table is linked as after a split, by settle(), once everything is advanced and they are gone.
     void restore()
     {
         for (const std::uint64_t table : slice_.take_unlinked()) {
@@ -61,8 +65,8 @@ template <Format F> class Resizer
         }
     }
 
-    // Splits some leaves. What touch(iova, length) is called for is to be advanced; settle() when the grace period has passed. 0, or
-    // -ENOMEM: what was split stays so.
+    // Splits some leaves. What touch(iova, length) is called for is to be advanced; settle() when the grace period has
+    // passed. 0, or -ENOMEM: what was split stays so.
     template <class Touch> int split(Resize &r, unsigned budget, Touch touch)
     {
         std::uint64_t here = r.at;
@@ -107,7 +111,8 @@ template <Format F> class Resizer
         return 0;
     }
 
-    // Collapses some leaves; as split(). A stage for the leaves within the tables of each level, and one for the tables.
+    // Collapses some leaves; as split(). A stage for the leaves within the tables of each level, and one for the
+    // tables.
     template <class Touch> int collapse(Resize &r, unsigned budget, Touch touch)
     {
         while (budget > 0 && !r.over) {
@@ -234,8 +239,8 @@ template <Format F> class Resizer
 
     // ---- collapse ----
 
-    // Of the leaves in the range that the extent's limit keeps small. 0 or -ENOMEM. A leaf that the range begins or ends in stays
-    // as it is: the record must not have it in two pieces, when the D of one is that of both.
+    // Of the leaves in the range that the extent's limit keeps small. 0 or -ENOMEM. A leaf that the range begins or
+    // ends in stays as it is: the record must not have it in two pieces, when the D of one is that of both.
     int raise_limit(const Extent &e, Resize &r)
     {
         if (slice_.reserve_limit() != 0)
@@ -354,8 +359,8 @@ template <Format F> class Resizer
 
     // ---- both ----
 
-    // An unmap that a restart has interrupted has taken leaves out, perhaps their table, and not forgotten the extent. They must not come
-    // back.
+    // An unmap that a restart has interrupted has taken leaves out, perhaps their table, and not forgotten the extent.
+    // They must not come back.
     [[nodiscard]] static bool is_there(const Extent &e, const Leaf &leaf)
     {
         return leaf.iova >= e.start && leaf.end() <= e.end && all_leaves(leaf.entries, leaf.replicas(), leaf.level);

@@ -63,7 +63,8 @@ class SampledCell
     std::uint64_t sample_;
 };
 
-// Makes every IOTLB entry of the region stale (S3). The generations of a region have one writer, its shard's owner; the RMW is for its order.
+// Makes every IOTLB entry of the region stale (S3). The generations of a region have one writer, its shard's owner; the
+// RMW is for its order.
 inline void advance(std::uint64_t &generation)
 {
     std::atomic_ref word(generation);

@@ -1,8 +1,10 @@
-// The owner's side of the page tables: the slice of an hwpt that one walker owns. What is mapped, in which leaves, and which are dirty.
+// The owner's side of the page tables: the slice of an hwpt that one walker owns. What is mapped, in which leaves, and
+// which are dirty.
 //
 // Goes by its own record; of the shared tables it reads leaf entries and summary words, never a pointer. One thread.
 //
-//   which leaf maps an IOVA follows from the record: its level from the tables that are linked, and its size, where a format has several
+//   which leaf maps an IOVA follows from the record: its level from the tables that are linked, and its size, where a
+//   format has several
 //   for a level, from its extent: the largest that fits in it
 #pragma once
 
@@ -55,8 +57,8 @@ struct SliceOptions {
 template <Format F> class Slice
 {
   public:
-    // `record`: empty, or what the owner before has left. Then the slice is as it was, but for maps that had begun: record() takes
-    // up each of them.
+    // `record`: empty, or what the owner before has left. Then the slice is as it was, but for maps that had begun:
+    // record() takes up each of them.
     Slice(const dr_translation_header &h, unsigned shard, Tables tables, const SliceOptions &options, Backing backing,
           SliceRecord record)
         : record_(std::move(record)), tables_(h, shard, tables, std::move(backing), record_),
@@ -103,8 +105,8 @@ template <Format F> class Slice
     // The largest leaf of maps to come, at most leaf_lg2_max of the options.
     void limit_leaves(unsigned lg2) { leaf_lg2_ = std::min(lg2, leaf_lg2_max_); }
 
-    // Makes a step towards having the memory that mapping [start, end) to oa may need. 0: it is there; -EAGAIN: more steps to go;
-    // -ENOMEM: it cannot be had, and nothing has changed.
+    // Makes a step towards having the memory that mapping [start, end) to oa may need. 0: it is there; -EAGAIN: more
+    // steps to go; -ENOMEM: it cannot be had, and nothing has changed.
     int reserve(std::uint64_t start, std::uint64_t end, std::uint64_t oa)
     {
         if (begun(start) == begun_.end() && record_.reserve(1) != 0)
@@ -159,8 +161,8 @@ template <Format F> class Slice
         point(Point::map_whole);
     }
 
-    // Maps one leaf of the extent, the largest that fits at iova; recorded before. Returns its length. A leaf that a map before a restart
-    // has put there keeps its D.
+    // Maps one leaf of the extent, the largest that fits at iova; recorded before. Returns its length. A leaf that a
+    // map before a restart has put there keeps its D.
     std::uint64_t map_leaf(const Extent &e, std::uint64_t iova)
     {
         const unsigned lg2 = largest(e, iova, sizes_);
@@ -191,7 +193,8 @@ template <Format F> class Slice
             record_.part(e->tag);
     }
 
-    // Forgets the extents of [start, end), whose leaves are gone, after the advance: until then a restart must advance them.
+    // Forgets the extents of [start, end), whose leaves are gone, after the advance: until then a restart must advance
+    // them.
     void forget(std::uint64_t start, std::uint64_t end)
     {
         if (const auto next = extents_.first_in(end, end + 1); next && next->start == end && end < tables_.end())
@@ -218,8 +221,8 @@ template <Format F> class Slice
         return find(iova, level);
     }
 
-    // Unlinks the tables that lie wholly in [start, end), where nothing is mapped any more; a table that is unmapped piece by piece
-    // stays, since it is about to be mapped again.
+    // Unlinks the tables that lie wholly in [start, end), where nothing is mapped any more; a table that is unmapped
+    // piece by piece stays, since it is about to be mapped again.
     void reclaim(std::uint64_t start, std::uint64_t end)
     {
         for (unsigned level = tables_.free_level(); level-- > 0;) {
@@ -345,8 +348,8 @@ template <Format F> class Slice
         return {tables_.entries(table), tables_.base(table), tables_.level_of(table)};
     }
 
-    // Lists those of the lines in which leaves are dirty, by their entries; room for table_lines. How many. After the lines' summary bits
-    // were taken (S4).
+    // Lists those of the lines in which leaves are dirty, by their entries; room for table_lines. How many. After the
+    // lines' summary bits were taken (S4).
     [[nodiscard]] std::size_t find_dirty(const OpenTable &table, std::uint64_t lines, unsigned which,
                                          LineEntries *out) const
     {
@@ -407,8 +410,8 @@ template <Format F> class Slice
         }
     }
 
-    // Sets D in the owner's name: a device may have written there and cannot say so any more. Summarized by nobody: the owner owes
-    // a full scan.
+    // Sets D in the owner's name: a device may have written there and cannot say so any more. Summarized by nobody: the
+    // owner owes a full scan.
     static void make_dirty(const Leaf &leaf) { F::make_dirty(*leaf.entries); }
 
   private:
@@ -476,8 +479,8 @@ template <Format F> class Slice
 
     // ---- extents in pieces ----
     //
-    // Each step is one store. In between two pieces overlap, and the restart takes the first one for the right one: their leaves are as
-    // either says.
+    // Each step is one store. In between two pieces overlap, and the restart takes the first one for the right one:
+    // their leaves are as either says.
 
     // Two pieces of one map.
     std::pair<Extent, Extent> cut(const Extent &e, std::uint64_t at)

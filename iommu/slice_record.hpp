@@ -1,5 +1,6 @@
-// What the owner of a slice must know again after its process has died: which tables are linked, what is mapped, whether dirt is
-// reported, and what it was in the middle of. Kept in memory that outlives the process and that no peer sees.
+// What the owner of a slice must know again after its process has died: which tables are linked, what is mapped,
+// whether dirt is reported, and what it was in the middle of. Kept in memory that outlives the process and that no peer
+// sees.
 //
 //    ┌──────────────────────────────────┐
 //    │ header: extents ever in use,     │
@@ -10,8 +11,8 @@
 //    │ extents: a slot for each         │
 //    └──────────────────────────────────┘
 //
-// A killed process leaves what it had stored so far, thread by thread in the order of its releases: so each step is one store, and
-// what a step needs is stored before. One thread, the owner's; read by anybody while there is no owner.
+// A killed process leaves what it had stored so far, thread by thread in the order of its releases: so each step is one
+// store, and what a step needs is stored before. One thread, the owner's; read by anybody while there is no owner.
 #pragma once
 
 #include "iommu/extent_map.hpp"
@@ -195,8 +196,8 @@ class SliceRecord
         }
     }
 
-    // Takes up the slots that an owner before has left. If it died while it made two pieces of an extent, or one of two, they overlap:
-    // then the first one is right.
+    // Takes up the slots that an owner before has left. If it died while it made two pieces of an extent, or one of
+    // two, they overlap: then the first one is right.
     void restore()
     {
         present_ = std::min(*extents_used_, extents_max);

@@ -2,9 +2,10 @@
 //
 // Goes by its own record; of the shared tables it reads leaf entries and summary words, never a pointer. One thread.
 //
-//   number       of a table: its place in the shard's index range (table index − first_table). It follows from what the table
-//                translates, so there is nothing to allocate, and a restart finds every table where it was
-//   top number   numbers below tables_at(top_level): this slice's part of a top table; has a summary word, no page of its own
+//   number       of a table: its place in the shard's index range (table index − first_table). It follows from what the
+//                table translates, so there is nothing to allocate, and a restart finds every table where it was
+//   top number   numbers below tables_at(top_level): this slice's part of a top table; has a summary word, no page of
+//                its own
 #pragma once
 
 #include "iommu/backing.hpp"
@@ -42,8 +43,8 @@ template <Format F> class SliceTables
     SliceTables(const SliceTables &) = delete;
     SliceTables &operator=(const SliceTables &) = delete;
 
-    // Takes up the tables that the owner before has noted: their memory is there. Returns those to which no parent's entry points: it died
-    // between noting a link and making it, or while it replaced a table by a leaf.
+    // Takes up the tables that the owner before has noted: their memory is there. Returns those to which no parent's
+    // entry points: it died between noting a link and making it, or while it replaced a table by a leaf.
     std::vector<std::uint64_t> restore()
     {
         std::vector<std::uint64_t> unlinked;
@@ -56,7 +57,8 @@ template <Format F> class SliceTables
                 now != link && now != F::accessed_table(link)) // A is the devices'
                 unlinked.push_back(t);
         }
-        // A root of this slice's own is always there, and so are those above it, which nobody walks. Their memory is there already.
+        // A root of this slice's own is always there, and so are those above it, which nobody walks. Their memory is
+        // there already.
         for (unsigned level = top_level; level > h_.root_level; --level) {
             const std::uint64_t table = number(start_, level - 1);
             set(present_, table / granule_tables);
@@ -166,8 +168,8 @@ template <Format F> class SliceTables
         replace_leaf(table, [&](std::uint64_t) { return link_to(table); });
     }
 
-    // Puts replacement(what was there) into the parent's entry. If a leaf was there and dirty, the leaves of the table are, before anybody
-    // sees it gone.
+    // Puts replacement(what was there) into the parent's entry. If a leaf was there and dirty, the leaves of the table
+    // are, before anybody sees it gone.
     template <class Replacement> void replace_leaf(std::uint64_t table, Replacement replacement)
     {
         std::atomic_ref parent(parent_entry(table));
@@ -281,8 +283,8 @@ template <Format F> class SliceTables
 
     // ---- memory ----
 
-    // A step towards pages, summary and record of tables [low, high]; a top table has no page of its own. 0: all is there; -EAGAIN: more
-    // steps to go; -ENOMEM.
+    // A step towards pages, summary and record of tables [low, high]; a top table has no page of its own. 0: all is
+    // there; -EAGAIN: more steps to go; -ENOMEM.
     int make_present(std::uint64_t low, std::uint64_t high)
     {
         const std::uint64_t from = next_clear(low / granule_tables, high / granule_tables + 1);

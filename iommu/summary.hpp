@@ -8,8 +8,8 @@
 
 namespace dirtyring::iommu {
 
-// Sets `bit` unless it is set. True: this call turned it from 0 to 1. seq_cst also where it is found set: the owner that took
-// it earlier in the total order reads the leaf later in it, so it sees the D that came before this load.
+// Sets `bit` unless it is set. True: this call turned it from 0 to 1. seq_cst also where it is found set: the owner
+// that took it earlier in the total order reads the leaf later in it, so it sees the D that came before this load.
 inline bool test_and_set(std::uint64_t &word, std::uint64_t bit)
 {
     std::atomic_ref w(word);
@@ -18,8 +18,8 @@ inline bool test_and_set(std::uint64_t &word, std::uint64_t bit)
     return (w.fetch_or(bit, std::memory_order_seq_cst) & bit) == 0;
 }
 
-// After D was set in entry `index` of the table whose line word is `word`. True: the table bit was turned, so a sleeping walker is
-// owed a ring.
+// After D was set in entry `index` of the table whose line word is `word`. True: the table bit was turned, so a
+// sleeping walker is owed a ring.
 inline bool mark_line(const Tables &tables, std::uint64_t word, unsigned index)
 {
     test_and_set(tables.line_word(word), 1ull << (index / line_entries));

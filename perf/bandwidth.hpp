@@ -12,10 +12,12 @@
 
 namespace dirtyring::perf {
 
-// Something that depends on every entry. entries.size() is a multiple of 16. Which of the two ways is the limit depends on the processor.
+// Something that depends on every entry. entries.size() is a multiple of 16. Which of the two ways is the limit depends
+// on the processor.
 enum class Ahead {
     left_to_hardware, // AMD EPYC: asking for lines takes up to half as long again
-    asked_for, // lines 1 KiB ahead; Intel Xeon: a tenth less. Several streams at once, or other distances, are no better
+    asked_for, // lines 1 KiB ahead; Intel Xeon: a tenth less. Several streams at once, or other distances, are no
+               // better
 };
 
 template <Ahead way>

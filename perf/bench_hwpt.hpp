@@ -33,8 +33,8 @@ struct BenchOptions {
     bool always_on = false;
 };
 
-// 2^memory_lg2 bytes of IOVA space from 0, mapped, tracked. Every GiB of it leads to the same GiB of guest memory, so that a large
-// guest costs its tables only: they are what is measured.
+// 2^memory_lg2 bytes of IOVA space from 0, mapped, tracked. Every GiB of it leads to the same GiB of guest memory, so
+// that a large guest costs its tables only: they are what is measured.
 class BenchHwpt
 {
   public:
@@ -163,7 +163,8 @@ class BenchHwpt
         (void)dma_->leave();
     }
 
-    // The same without data and without an IOTLB, so that what was swept by somebody else than our walker can be dirtied again.
+    // The same without data and without an IOTLB, so that what was swept by somebody else than our walker can be
+    // dirtied again.
     void mark_dirty(std::uint64_t page)
     {
         const std::uint64_t table = first_leaf_table() + page / iommu::table_entries;

@@ -72,7 +72,8 @@ class InFlight
     DoneOp unmap_;
 };
 
-// Of each publication: another page is dirty, how long until its run is there. The median, for others use this core, too.
+// Of each publication: another page is dirty, how long until its run is there. The median, for others use this core,
+// too.
 class Times
 {
   public:

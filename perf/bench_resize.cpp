@@ -1,5 +1,5 @@
-// What a device notices of a split and a collapse of 64 GiB in leaves of 1 GiB: how many pages it writes while nothing is resized, and
-// meanwhile. Two threads: the owner, which sweeps all the time, and the device. bench_resize [ROUNDS]
+// What a device notices of a split and a collapse of 64 GiB in leaves of 1 GiB: how many pages it writes while nothing
+// is resized, and meanwhile. Two threads: the owner, which sweeps all the time, and the device. bench_resize [ROUNDS]
 #include "perf/bench_hwpt.hpp"
 
 #include <fmt/format.h>

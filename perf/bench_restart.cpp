@@ -1,5 +1,6 @@
-// What a guest notices when the service's worker is killed: from SIGKILL to the first new run at its consumer, and where that time
-// goes. A guest of 16 GiB in 4 KiB leaves; a device writes all the time, a consumer polls. bench_restart [KILLS]
+// What a guest notices when the service's worker is killed: from SIGKILL to the first new run at its consumer, and
+// where that time goes. A guest of 16 GiB in 4 KiB leaves; a device writes all the time, a consumer polls.
+// bench_restart [KILLS]
 #include "client/migrate/failure.hpp"
 #include "client/migrate/newest_child.hpp"
 #include "client/migrate/temporary_directory.hpp"
@@ -56,8 +57,8 @@ constexpr std::array steps{
     Step{"the consumer has a new run", nullptr},
 };
 
-// µs since midnight of the line that has `what` in it, as the service's log has them. The supervisor's lines and the worker's are
-// not always in order.
+// µs since midnight of the line that has `what` in it, as the service's log has them. The supervisor's lines and the
+// worker's are not always in order.
 double time_of(std::string_view what, const std::vector<std::string> &lines)
 {
     constexpr std::size_t clock = 11; // behind "2026-01-31 "

@@ -1,5 +1,6 @@
-// What others do for the same work, written to their behaviour: go over all, note what is dirty in a bitmap, and have somebody scan the
-// bitmap for bits. They go over the very tables that ours goes over. Their invalidations are left out, in their favour.
+// What others do for the same work, written to their behaviour: go over all, note what is dirty in a bitmap, and have
+// somebody scan the bitmap for bits. They go over the very tables that ours goes over. Their invalidations are left
+// out, in their favour.
 #pragma once
 
 #include "iommu/format_amdv1.hpp"

@@ -1,5 +1,5 @@
-// System calls for each sleep and wake, of a consumer that sleeps after every run and of a service that calls it. Both processes are
-// traced, which makes them slow, so it is counted and not timed.
+// System calls for each sleep and wake, of a consumer that sleeps after every run and of a service that calls it. Both
+// processes are traced, which makes them slow, so it is counted and not timed.
 #include "perf/figures.hpp"
 #include "perf/service.hpp"
 
@@ -32,7 +32,8 @@ struct Counts {
     std::uint64_t sleeps = 0; // and those that wait
 };
 
-// The VMM: another process, so that it can be traced. Its device, in a thread that is not traced, writes only when it sleeps.
+// The VMM: another process, so that it can be traced. Its device, in a thread that is not traced, writes only when it
+// sleeps.
 void sleep_and_wake(const std::string &socket, std::atomic<Phase> &phase, unsigned times)
 {
     ServedGuest guest(socket, {.memory_bytes = 1ull << 30});

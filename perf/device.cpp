@@ -1,4 +1,5 @@
-// What tracking costs a device: writes of 4 KiB beside the copy alone and beside a vhost log; hot pages that are written all the time.
+// What tracking costs a device: writes of 4 KiB beside the copy alone and beside a vhost log; hot pages that are
+// written all the time.
 #include "perf/bench_hwpt.hpp"
 #include "perf/bitmap_peers.hpp"
 #include "perf/figures.hpp"
@@ -102,7 +103,8 @@ void measure_writes(Session &session)
                        .goal = Goal::at_most(25)});
 }
 
-// Devices that set D while nobody asks for it, beside those that do not. D of all pages is clear, and no translation is cached, when a round begins.
+// Devices that set D while nobody asks for it, beside those that do not. D of all pages is clear, and no translation is
+// cached, when a round begins.
 void measure_always_on(Session &session)
 {
     const unsigned rounds = session.pick(1u, 100u, 400u);

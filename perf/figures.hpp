@@ -1,8 +1,8 @@
 // What the programs here have in common: figures, the ways to take them, and where they go.
 //
-// A figure is what ours costs or yields, what a peer does for the same work, what nobody can beat on this machine (the limit), and the goal.
-// Whoever is compared takes turns, on one core, warmed up; what counts are medians. Programs take --quick, --smoke (for an instant,
-// so that a test can see it run) and --json FILE, and print what they find.
+// A figure is what ours costs or yields, what a peer does for the same work, what nobody can beat on this machine (the
+// limit), and the goal. Whoever is compared takes turns, on one core, warmed up; what counts are medians. Programs take
+// --quick, --smoke (for an instant, so that a test can see it run) and --json FILE, and print what they find.
 #pragma once
 
 #include <chrono>
@@ -57,7 +57,8 @@ std::vector<Samples> in_turns(unsigned turns, const std::vector<Way> &ways);
 
 // That this process may use, and has been started with.
 unsigned cores();
-// This thread runs on the n-th of them, modulo their number. A program's first thread is on 0, dirtyringd's first walker on the last.
+// This thread runs on the n-th of them, modulo their number. A program's first thread is on 0, dirtyringd's first
+// walker on the last.
 void pin_to_core(unsigned n);
 // To be called in a child: all of them again.
 void unpin();

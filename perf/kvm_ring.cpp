@@ -1,5 +1,5 @@
-// Beside KVM's dirty ring: a tiny guest writes pages, KVM puts an entry for each into its ring, the VMM reads them (harvest) and has them
-// write-protected again (reset). Ours finds, clears, publishes and reads as many.
+// Beside KVM's dirty ring: a tiny guest writes pages, KVM puts an entry for each into its ring, the VMM reads them
+// (harvest) and has them write-protected again (reset). Ours finds, clears, publishes and reads as many.
 #include "perf/bench_hwpt.hpp"
 #include "perf/figures.hpp"
 #include "ring/region.hpp"

@@ -1,5 +1,5 @@
-// From D to the run at a polling consumer: the device and the consumer are one thread, the service's walker is on the other core.
-// Then the same of 64 guests on one walker.
+// From D to the run at a polling consumer: the device and the consumer are one thread, the service's walker is on the
+// other core. Then the same of 64 guests on one walker.
 #include "perf/service.hpp"
 
 #include <fmt/format.h>
@@ -49,7 +49,8 @@ class Interruptions
     std::vector<ring::Fd> files_;
 };
 
-// The pages that a guest's device writes, all over its memory. The first writes bring them in, which is no matter of tracking.
+// The pages that a guest's device writes, all over its memory. The first writes bring them in, which is no matter of
+// tracking.
 class Spots
 {
   public:
@@ -114,8 +115,8 @@ struct Latencies {
     Samples undisturbed;
 };
 
-// One write after the other. Looking for interruptions takes long enough for the walker to fall asleep: it is done between batches, and the first
-// write of a batch wakes it.
+// One write after the other. Looking for interruptions takes long enough for the walker to fall asleep: it is done
+// between batches, and the first write of a batch wakes it.
 Latencies write_and_wait(BusyGuest &guest, const Interruptions &interruptions, unsigned batches)
 {
     constexpr unsigned batch = 64;

@@ -1,5 +1,5 @@
-// Map changes of a guest at a service, through the command ring: round trips of one page while the service polls, and from its sleep; many
-// at once; and a recorded vIOMMU trace, as fast as it goes.
+// Map changes of a guest at a service, through the command ring: round trips of one page while the service polls, and
+// from its sleep; many at once; and a recorded vIOMMU trace, as fast as it goes.
 #include "perf/replay.hpp"
 #include "perf/service.hpp"
 

@@ -1,5 +1,5 @@
-// What tracking takes for a TiB mapped in 4 KiB leaves, besides the tables and rings: summary, generations, the record that a restart
-// reads, and the owner's own index.
+// What tracking takes for a TiB mapped in 4 KiB leaves, besides the tables and rings: summary, generations, the record
+// that a restart reads, and the owner's own index.
 #include "perf/bench_hwpt.hpp"
 #include "perf/figures.hpp"
 

@@ -1,5 +1,5 @@
-// Beside PAGEMAP_SCAN: memory that a process writes, which the kernel write-protects and whose protection faults lift (userfaultfd,
-// write-protect async). The ioctl takes all written pages and protects them again.
+// Beside PAGEMAP_SCAN: memory that a process writes, which the kernel write-protects and whose protection faults lift
+// (userfaultfd, write-protect async). The ioctl takes all written pages and protects them again.
 #include "perf/bench_hwpt.hpp"
 #include "perf/figures.hpp"
 

@@ -1,5 +1,5 @@
-// A recorded trace, as fast as a guest at a service can take it: maps and unmaps through the command ring, pipelined, the device's writes
-// and the consumer in the same thread. Who wrote what is kept: every page written must be reported.
+// A recorded trace, as fast as a guest at a service can take it: maps and unmaps through the command ring, pipelined,
+// the device's writes and the consumer in the same thread. Who wrote what is kept: every page written must be reported.
 #pragma once
 
 #include "client/trace.hpp"

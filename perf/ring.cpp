@@ -1,5 +1,5 @@
-// The ring beside boost::lockfree::spsc_queue and rte_ring, 8-byte elements. On one core: the instructions of both halves. Between two: how
-// long an element is on its way, beside a cache line that two cores write in turn.
+// The ring beside boost::lockfree::spsc_queue and rte_ring, 8-byte elements. On one core: the instructions of both
+// halves. Between two: how long an element is on its way, beside a cache line that two cores write in turn.
 #include "perf/figures.hpp"
 #include "ring/consumer.hpp"
 #include "ring/producer.hpp"
@@ -27,7 +27,8 @@ constexpr std::size_t batch_max = 256;
 
 volatile std::uint64_t sink; // what was read is used
 
-// ---- each with the two halves that it offers: write n elements from `first` on; read what is there, at most n, summing up
+// ---- each with the two halves that it offers: write n elements from `first` on; read what is there, at most n,
+// summing up
 
 // In place on both sides: entries are built in the ring and read from it.
 class DirtyRing
@@ -60,7 +61,8 @@ class DirtyRing
         return entries.size();
     }
 
-    // One entry, and its publication either as it is or without the question whether to call. Nobody reads: it is overwritten.
+    // One entry, and its publication either as it is or without the question whether to call. Nobody reads: it is
+    // overwritten.
     void publish_one(bool ask)
     {
         producer_.put(0, 1);
@@ -209,7 +211,8 @@ void measure_throughput(Session &session, std::uint64_t batch)
                            .goal = Goal::ratio_at_least(1.5)});
 }
 
-// ns one way: an element goes there, another comes back. The median of a hundred there and back: now and then one of two has lost its core.
+// ns one way: an element goes there, another comes back. The median of a hundred there and back: now and then one of
+// two has lost its core.
 template <class Ring> double one_way(unsigned hundreds)
 {
     const auto there = std::make_unique<Ring>();

@@ -1,5 +1,5 @@
-// Find, clear, invalidate, publish, and a consumer that reads every entry: all of it, on one core, beside those who do the same work by
-// bitmaps, over the same tables and dirty pages.
+// Find, clear, invalidate, publish, and a consumer that reads every entry: all of it, on one core, beside those who do
+// the same work by bitmaps, over the same tables and dirty pages.
 #include "perf/bandwidth.hpp"
 #include "perf/bench_hwpt.hpp"
 #include "perf/bitmap_peers.hpp"

@@ -1,6 +1,6 @@
-// Load on a service up to what it can take and beyond, for as long as one likes: writes to random pages, more and more than the consumer
-// reads, and recorded traces as fast as they go. Pages a second, the backlog over time, memory, and pages lost: exit code 1 if any.
-// One thread is the device and the consumer; the walker has the other core.
+// Load on a service up to what it can take and beyond, for as long as one likes: writes to random pages, more and more
+// than the consumer reads, and recorded traces as fast as they go. Pages a second, the backlog over time, memory, and
+// pages lost: exit code 1 if any. One thread is the device and the consumer; the walker has the other core.
 //
 // A page is lost if what the consumer copied when the page was last reported is not what the device wrote last.
 #include "perf/figures.hpp"

@@ -1,4 +1,5 @@
-// Stop-copy of a TiB: from the request to the last marker read, the service's walker on the other core; beside a walk and a bitmap.
+// Stop-copy of a TiB: from the request to the last marker read, the service's walker on the other core; beside a walk
+// and a bitmap.
 #include "perf/bench_hwpt.hpp"
 #include "perf/bitmap_peers.hpp"
 #include "perf/service.hpp"

@@ -1,7 +1,7 @@
 // The consumer's half of a ring: peek, release, arm. No system calls, no allocation; one thread.
 //
-// The producer's region may be hostile memory (the service consumes submissions): its words are loaded once and checked,
-// and the capacity is the caller's, not the header's.
+// The producer's region may be hostile memory (the service consumes submissions): its words are loaded once and
+// checked, and the capacity is the caller's, not the header's.
 #pragma once
 
 #include "ring/layout.h"
@@ -28,8 +28,8 @@ template <class Entry> class Consumer
     {
     }
 
-    // The next published entries, at most `max`, that lie together, in place. They stay until released; peeking again gives
-    // those behind.
+    // The next published entries, at most `max`, that lie together, in place. They stay until released; peeking again
+    // gives those behind.
     [[nodiscard]] std::span<const Entry> peek(std::uint64_t max = UINT64_MAX)
     {
         if (broken_)
@@ -56,8 +56,8 @@ template <class Entry> class Consumer
         return word(peer_->want_kick).load(std::memory_order_seq_cst) != 0; // R5
     }
 
-    // Asks for a call at the next entry behind those peeked. True: there is none yet, or there will be none, so sleep; false: look
-    // again.
+    // Asks for a call at the next entry behind those peeked. True: there is none yet, or there will be none, so sleep;
+    // false: look again.
     [[nodiscard]] bool arm()
     {
         word(mine_->armed).store(peeked_ + 1, std::memory_order_seq_cst);               // R4

@@ -3,32 +3,35 @@
  * A message is a header, a payload and descriptors (SCM_RIGHTS, sent with the header's first byte):
  *
  *    ┌─────────┬─────────┬─────────┬──────────┬──────────────────────────────┐
- *    │ request │ flags   │ size    │ sequence │ payload: size bytes          │   flags: bits 1..0 version (1), bit 2 reply,
- *    │  u32    │  u32    │  u32    │   u32    │ its first u32 is its own size│          bit 3 refusal
+ *    │ request │ flags   │ size    │ sequence │ payload: size bytes          │  flags: bits 1..0 version
+ *    │  u32    │  u32    │  u32    │   u32    │ its first u32 is its own size│  (1), bit 2 reply, bit 3 refusal
  *    └─────────┴─────────┴─────────┴──────────┴──────────────────────────────┘
  *
- * Framing follows vhost-user; growth follows iommufd: a payload holds at least the fields of version 1, else EINVAL; what a
- * request has beyond the fields known must be zero, else E2BIG; what a reply has beyond them is ignored. Each request gets one
- * reply with its number and sequence and DR_MESSAGE_REPLY; a refusal carries struct dr_refusal instead of the reply's payload.
- * The first request of a connection is HELLO. A connection is a front-end (after GUEST_CREATE) or a device (after
- * DEVICE_ATTACH), never both. Descriptors are exactly those listed; more or fewer is EINVAL, and all are closed.
+ * Framing follows vhost-user; growth follows iommufd: a payload holds at least the fields of version 1, else EINVAL;
+ * what a request has beyond the fields known must be zero, else E2BIG; what a reply has beyond them is ignored. Each
+ * request gets one reply with its number and sequence and DR_MESSAGE_REPLY; a refusal carries struct dr_refusal instead
+ * of the reply's payload. The first request of a connection is HELLO. A connection is a front-end (after GUEST_CREATE)
+ * or a device (after DEVICE_ATTACH), never both. Descriptors are exactly those listed; more or fewer is EINVAL, and all
+ * are closed.
  *
- * A front-end's connection is its guest's life: closing it frees the guest, unless a successor takes it within linger_ms. A device
- * is the process that connected; its cells are waited for until it says DETACH or that process is gone, whatever becomes of the
- * connection.
+ * A front-end's connection is its guest's life: closing it frees the guest, unless a successor takes it within
+ * linger_ms. A device is the process that connected; its cells are waited for until it says DETACH or that process is
+ * gone, whatever becomes of the connection.
  *
- * When the service dies and another worker takes its place, connections break and nothing else does: regions, eventfds, rings and
- * what is in them stay. Until its process ends, nobody has to hurry: who needs the socket connects again, says HELLO, and then
+ * When the service dies and another worker takes its place, connections break and nothing else does: regions, eventfds,
+ * rings and what is in them stay. Until its process ends, nobody has to hurry: who needs the socket connects again,
+ * says HELLO, and then
  *
- *    a front-end   GUEST_CREATE with its secret and DR_GUEST_AGAIN, then the request that got no reply, with its old sequence:
- *                  what MEMORY_ADD, IOAS_ALLOC, HWPT_ALLOC or DESTROY has done is not done again, and the reply is the one
- *                  that was lost
+ *    a front-end   GUEST_CREATE with its secret and DR_GUEST_AGAIN, then the request that got no reply, with its old
+ *                  sequence: what MEMORY_ADD, IOAS_ALLOC, HWPT_ALLOC or DESTROY has done is not done again, and the
+ *                  reply is the one that was lost
  *    a device      DEVICE_ATTACH with its key: it is the device that it was
  *
  * A front-end's sequences grow from request to request (modulo 2^32), over all connections of its guest.
  *
- * Errors that any request may meet: EPROTO (no HELLO yet, or the wrong kind of connection), E2BIG (see above), EINVAL (payload
- * too short to hold its first fields, wrong number of descriptors), EOPNOTSUPP (unknown request), ENOMEM, EMFILE.
+ * Errors that any request may meet: EPROTO (no HELLO yet, or the wrong kind of connection), E2BIG (see above), EINVAL
+ * (payload too short to hold its first fields, wrong number of descriptors), EOPNOTSUPP (unknown request), ENOMEM,
+ * EMFILE.
  */
 #ifndef DIRTYRING_RING_CONTROL_H
 #define DIRTYRING_RING_CONTROL_H
@@ -97,17 +100,18 @@ struct dr_hello {
 #define DR_GUEST_AGAIN (1u << 1) /* the same, and only if this process had it last: its connection has broken */
 
 /* Creates a guest, or takes over the one that has this secret; a front-end that still has it loses its connection.
- * EINVAL: command_entries is no power of two within DR_COMMAND_CAPACITY_*, unknown flags, a secret of zeroes. ENOENT: any flag,
- * and no guest has this secret. ENOSPC: too many guests. EBUSY: this connection has a guest; DR_GUEST_AGAIN, and another process has
- * taken it over. ESRCH: the peer's process cannot be watched. */
+ * EINVAL: command_entries is no power of two within DR_COMMAND_CAPACITY_*, unknown flags, a secret of zeroes. ENOENT:
+ * any flag, and no guest has this secret. ENOSPC: too many guests. EBUSY: this connection has a guest; DR_GUEST_AGAIN,
+ * and another process has taken it over. ESRCH: the peer's process cannot be watched. */
 struct dr_guest_create {
     uint32_t size;
     uint32_t command_entries; /* of a new guest */
     uint32_t flags;           /* DR_GUEST_* */
-    /* How long the guest waits for a successor when the connection is closed. 0: not at all; of a guest that is taken over: as
-     * long as before. */
+    /* How long the guest waits for a successor when the connection is closed. 0: not at all; of a guest that is taken
+     * over: as long as before. */
     uint32_t linger_ms;
-    /* A device that holds the guest up for so long is told in dr_guest_status. 0: 1000; of a guest that is taken over: as before. */
+    /* A device that holds the guest up for so long is told in dr_guest_status. 0: 1000; of a guest that is taken over:
+     * as before. */
     uint32_t stall_ms;
     /* Random, of the front-end's choice: whoever has it may take the guest over. Keep it. */
     uint8_t secret[DR_TOKEN_BYTES];
@@ -121,8 +125,9 @@ struct dr_guest {
 };
 
 /* A piece of guest-physical memory. The service passes its descriptor on to devices and never maps it.
- * EINVAL: not aligned to 4096, empty, wraps, or reaches beyond 2^DR_OA_LG2. EEXIST: overlaps another. ENOSPC: DR_GUEST_REGIONS_MAX are there.
- * EBUSY: a device is attached: memory is added before. EBADF: not a memfd, or a file on tmpfs or hugetlbfs. */
+ * EINVAL: not aligned to 4096, empty, wraps, or reaches beyond 2^DR_OA_LG2. EEXIST: overlaps another. ENOSPC:
+ * DR_GUEST_REGIONS_MAX are there. EBUSY: a device is attached: memory is added before. EBADF: not a memfd, or a file on
+ * tmpfs or hugetlbfs. */
 #define DR_OA_LG2 52 /* output addresses are below 2^52, as page-table entries hold them */
 struct dr_memory_region {
     uint32_t size;
@@ -148,29 +153,31 @@ enum dr_format {
 };
 
 #define DR_HWPT_DIRTY_TRACKING (1u << 0) /* as IOMMU_HWPT_ALLOC_DIRTY_TRACKING: refuse devices that cannot */
-/* With DR_HWPT_DIRTY_TRACKING: devices set Dirty from the start, and ENABLE and DISABLE begin and end the reporting only. SMMUv3 formats
- * are so without being asked, since there a clean leaf can be written only while the hardware sets Dirty. */
+/* With DR_HWPT_DIRTY_TRACKING: devices set Dirty from the start, and ENABLE and DISABLE begin and end the reporting
+ * only. SMMUv3 formats are so without being asked, since there a clean leaf can be written only while the hardware sets
+ * Dirty. */
 #define DR_HWPT_ALWAYS_ON (1u << 1)
 
 #define DR_HWPT_ALL_SIZES \
     (1u << 2) /* leaves of every power of two that the format has, not only of what an entry spans: AMD v1 */
 #define DR_HWPT_COLLAPSE (1u << 3) /* DISABLE makes leaves as large again as they can be, in the background */
 
-/* Instead of DR_HWPT_DIRTY_TRACKING: it has rings, and devices that cannot set Dirty bits may attach while nothing is reported.
- * ENABLE is refused as long as one is attached, and such a device from the beginning of an ENABLE to the completion of DISABLE.
- * Not where devices set Dirty from the start. */
+/* Instead of DR_HWPT_DIRTY_TRACKING: it has rings, and devices that cannot set Dirty bits may attach while nothing is
+ * reported. ENABLE is refused as long as one is attached, and such a device from the beginning of an ENABLE to the
+ * completion of DISABLE. Not where devices set Dirty from the start. */
 #define DR_HWPT_DIRTY_OPTIONAL (1u << 4)
 
-/* What becomes of leaves larger than 4 KiB while dirt is reported. In the background; what is mapped may be written meanwhile. */
+/* What becomes of leaves larger than 4 KiB while dirt is reported. In the background; what is mapped may be written
+ * meanwhile. */
 enum dr_split {
     DR_SPLIT_NONE = 0,  /* they stay */
     DR_SPLIT_EAGER = 1, /* ENABLE splits all of them, and maps that come have none */
     DR_SPLIT_LAZY = 2,  /* one that was reported is split */
 };
 
-/* ENOENT: no such ioas. EOPNOTSUPP: format; space is DR_SPACE_OA without DR_FEATURE_OA_SPACE. EINVAL: any other field out of its range;
- * flags that exclude each other. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps (an hwpt comes before the maps of its
- * ioas). */
+/* ENOENT: no such ioas. EOPNOTSUPP: format; space is DR_SPACE_OA without DR_FEATURE_OA_SPACE. EINVAL: any other field
+ * out of its range; flags that exclude each other. ENOSPC: too many objects. EBUSY: the ioas has an hwpt, or maps (an
+ * hwpt comes before the maps of its ioas). */
 struct dr_hwpt_alloc {
     uint32_t size;
     uint32_t ioas;
@@ -208,19 +215,20 @@ struct dr_ring {
 };
 
 /* What a device's IOMMU can do, as IOMMU_GET_HW_INFO tells it: flags, and a mask of the formats that it walks, in which
- * DR_FORMAT_BIT(format) stands for a format. It can track an hwpt if it sets Dirty bits, and in VT-d tables only if its walks
- * are coherent besides. */
+ * DR_FORMAT_BIT(format) stands for a format. It can track an hwpt if it sets Dirty bits, and in VT-d tables only if its
+ * walks are coherent besides. */
 #define DR_DEVICE_CAN_TRACK (1u << 0) /* it sets Dirty bits */
 #define DR_DEVICE_COHERENT (1u << 1)  /* its walks snoop the processors' caches */
 #define DR_FORMAT_BIT(format) (1u << (format))
 #define DR_NAME_BYTES 32
 
-/* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; threads * pins is
- * over DR_DEVICE_PINS_MAX; key is 0; an unknown flag; no format; a name that is empty, has no NUL, or anything but printable
- * ASCII before it or zeroes behind it; the device does not walk the hwpt's format; it cannot track the hwpt, which requires
- * dirty tracking or is enabled (as iommufd's attach). EBUSY: this connection has a device, or another process has the device of
- * this key. ENOSPC: too many devices. ESRCH: the peer's process cannot be watched. EOPNOTSUPP: the hwpt has rings and the device
- * did not offer DR_FEATURE_SUMMARY: where it left a leaf dirty, another would not summarize it. */
+/* EACCES: no guest has this token. ENOENT: no such hwpt. EINVAL: threads is 0 or over DR_DEVICE_THREADS_MAX; threads *
+ * pins is over DR_DEVICE_PINS_MAX; key is 0; an unknown flag; no format; a name that is empty, has no NUL, or anything
+ * but printable ASCII before it or zeroes behind it; the device does not walk the hwpt's format; it cannot track the
+ * hwpt, which requires dirty tracking or is enabled (as iommufd's attach). EBUSY: this connection has a device, or
+ * another process has the device of this key. ENOSPC: too many devices. ESRCH: the peer's process cannot be watched.
+ * EOPNOTSUPP: the hwpt has rings and the device did not offer DR_FEATURE_SUMMARY: where it left a leaf dirty, another
+ * would not summarize it. */
 struct dr_device_attach {
     uint32_t size;
     uint32_t hwpt;

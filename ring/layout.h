@@ -25,21 +25,22 @@
  *   edge  store                                   load                                 carries
  *   R1    C store-release tail                    P load-acquire tail                  C has read the slots below tail
  *   R2    P store-release staged                  restart load-acquire staged          slots below staged are whole
- *   R3    P store-sc head (release)               C load-acquire head                  slots below head; the guest's data,
- *                                                                                      by S1 and S2 of iommu/layout.h
- *   R4    P store-sc head  ‖ P load-sc armed      C store-sc armed ‖ C load-sc head    either P calls or C sees the head
+ *   R3    P store-sc head (release)               C load-acquire head                  slots below head; the guest's
+ *                                                                                      data, by S1 and S2 of
+ *                                                                                      iommu/layout.h
+ *   R4    P store-sc head  ‖ P load-sc armed      C store-sc armed ‖ C load-sc head    P calls, or C sees the head
  *   R5    C store-sc tail  ‖ C load-sc want_kick  P store-sc want_kick ‖ P load-sc tail
- *                                                                                      either C kicks or P sees the tail
+ *                                                                                      C kicks, or P sees the tail
  *   R6    P store-release version                 C load-acquire version               the header is whole
  *
  * R4 and R5 are the store-buffering shape: all four accesses are seq_cst, and each side looks again after its store.
  * `pending` and `full_since` are statistics: relaxed, they order nothing.
  *
- * A walker that waits for its consumer, be it for room or because the slice rests until its runs are taken (pacing), sets
- * want_kick before it sleeps: any advance of tail ends the wait.
+ * A walker that waits for its consumer, be it for room or because the slice rests until its runs are taken (pacing),
+ * sets want_kick before it sleeps: any advance of tail ends the wait.
  *
- * Every byte not named here is zero and ignored. All words are accessed by lock-free 64-bit atomics, little-endian. What
- * a hostile peer may write, and what comes of it:
+ * Every byte not named here is zero and ignored. All words are accessed by lock-free 64-bit atomics, little-endian.
+ * What a hostile peer may write, and what comes of it:
  *
  *   tail outside [last seen, head]         ignored: the last good one stands; the peer's own ring fills
  *   armed, any value                       at most one call a publish
@@ -238,20 +239,22 @@ enum dr_command_flags {
 };
 
 /* Completes with 0 or a negative errno:
- *   EINVAL  unknown opcode or flag, a field not used that is not zero; address or length not a multiple of 4096 or
- *           length 0; a map without rights; both DEFERRED
- *           and DISCARD                                  ENOENT  no such object; unmap: nothing there, or the range
- *   ERANGE  outside the IOVA space                               cuts a map in two
- *   EEXIST  map: something is mapped there               EFAULT  map: the OA is not in the guest's memory, or the format
- *                                                                cannot name it
- *   ENOMEM  no memory for tables; nothing was mapped;    ENOSPC  map: no hwpt in this ioas
- *           split, collapse: what was done stays so
- *   EAGAIN  unmap: the ring is full, or what follows is tracked and what is done was not; `done` bytes from iova are
- *           unmapped: release entries, then ask for the rest
- *   EALREADY enable/disable: it is so already            EOPNOTSUPP enable, disable, sync: no dirty tracking
- *   ECANCELED the object was destroyed meanwhile            EIO     a restart of the service has lost track of it
- *   ENODEV  enable: a device is attached that cannot set Dirty bits there (DR_HWPT_STATUS names it); nothing was changed. As the
- *           IOMMU core's attach: it is this device's matter, where EOPNOTSUPP is the hwpt's */
+ *   EINVAL      unknown opcode or flag, a field not used that is not zero; address or length not a multiple of 4096 or
+ *               length 0; a map without rights; both DEFERRED and DISCARD
+ *   ENOENT      no such object; unmap: nothing there, or the range cuts a map in two
+ *   ERANGE      outside the IOVA space
+ *   EEXIST      map: something is mapped there
+ *   EFAULT      map: the OA is not in the guest's memory, or the format cannot name it
+ *   ENOSPC      map: no hwpt in this ioas
+ *   ENOMEM      no memory for tables; map: nothing was mapped; split, collapse: what was done stays so
+ *   EAGAIN      unmap: the ring is full, or what follows is tracked and what is done was not; `done` bytes from iova
+ *               are unmapped: release entries, then ask for the rest
+ *   EALREADY    enable, disable: it is so already
+ *   EOPNOTSUPP  enable, disable, sync: no dirty tracking
+ *   ENODEV      enable: a device is attached that cannot set Dirty bits there (DR_HWPT_STATUS names it); nothing was
+ *               changed. As the IOMMU core's attach: it is this device's matter, where EOPNOTSUPP is the hwpt's
+ *   ECANCELED   the object was destroyed meanwhile
+ *   EIO         a restart of the service has lost track of it */
 struct dr_command {
     uint64_t user_data; /* comes back in the completion */
     uint32_t opcode;    /* enum dr_opcode */
@@ -275,8 +278,8 @@ struct dr_completion {
 };
 
 /* On whom the guest waits. A device that stays inside a section holds up what needs its grace period: runs, unmaps and
- * syncs of its own hwpt. When that has lasted for stall_ms, the service fills this in, `since` last (release), and calls; it sets
- * `since` to 0 when the device has gone on or died. Whoever kills the device's process ends the wait. */
+ * syncs of its own hwpt. When that has lasted for stall_ms, the service fills this in, `since` last (release), and
+ * calls; it sets `since` to 0 when the device has gone on or died. Whoever kills the device's process ends the wait. */
 struct dr_guest_status {
     uint64_t since;  /* CLOCK_MONOTONIC ns; 0: on nobody */
     uint32_t device; /* its id */

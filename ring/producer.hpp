@@ -16,8 +16,8 @@ namespace dirtyring::ring {
 template <class Entry> class Producer
 {
   public:
-    // `mine` is writable and carries a whole header; its indices are taken up from there. `promised`: slots past head that
-    // were seen free before a restart, at most the capacity.
+    // `mine` is writable and carries a whole header; its indices are taken up from there. `promised`: slots past head
+    // that were seen free before a restart, at most the capacity.
     Producer(dr_ring_producer *mine, dr_ring_consumer *peer, std::uint64_t promised = 0)
         : mine_(mine), peer_(peer), entries_(reinterpret_cast<Entry *>(mine + 1)), capacity_(mine->header.capacity),
           head_(mine->head), staged_(mine->staged), tail_(head_ - capacity_ + promised)
@@ -47,8 +47,8 @@ template <class Entry> class Producer
     // True once a tail outside [last seen, head] was met; it was ignored.
     [[nodiscard]] bool peer_broke_rules() const { return broken_; }
 
-    // Where entries go, until the next stage(): slot `ahead` is that many entries past `staged`; ahead < room(). By itself, since
-    // entries may be what the compiler takes for the producer's members.
+    // Where entries go, until the next stage(): slot `ahead` is that many entries past `staged`; ahead < room(). By
+    // itself, since entries may be what the compiler takes for the producer's members.
     class Slots
     {
       public:

@@ -1,5 +1,5 @@
-// Shared memory as dirtyring hands it out: sealed memfds, read-write or read-only. No allocation, no exceptions: libdirtyring
-// uses it too. Functions return 0 or a negative errno.
+// Shared memory as dirtyring hands it out: sealed memfds, read-write or read-only. No allocation, no exceptions:
+// libdirtyring uses it too. Functions return 0 or a negative errno.
 #pragma once
 
 #include <cerrno>
@@ -104,8 +104,8 @@ struct Region {
     Fd fd;
     Mapping map;
 
-    // Makes a zeroed region of `size` bytes. Its size is sealed and so are its seals. Its mode is 0600: a descriptor that is handed
-    // out read-only cannot be reopened for writing by another user (one and the same user always can).
+    // Makes a zeroed region of `size` bytes. Its size is sealed and so are its seals. Its mode is 0600: a descriptor
+    // that is handed out read-only cannot be reopened for writing by another user (one and the same user always can).
     int make(const char *name, std::size_t size, Pages pages)
     {
         Fd file(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
@@ -136,8 +136,8 @@ struct Region {
                     static_cast<off_t>(length));
     }
 
-    // Puts what is in large_page bytes at `offset` into one page, for everybody who maps it aligned. Waits for all processors:
-    // milliseconds, where they are busy. 0 or -errno; then it is as it was.
+    // Puts what is in large_page bytes at `offset` into one page, for everybody who maps it aligned. Waits for all
+    // processors: milliseconds, where they are busy. 0 or -errno; then it is as it was.
     int make_large(std::size_t offset) const
     {
         constexpr int collapse = 25; // MADV_COLLAPSE, newer than Debian 12's headers: Linux 6.1

@@ -1,4 +1,5 @@
-// A control message with its descriptors, as sendmsg and recvmsg take it. No allocation, no exceptions: libdirtyring uses it too.
+// A control message with its descriptors, as sendmsg and recvmsg take it. No allocation, no exceptions: libdirtyring
+// uses it too.
 #pragma once
 
 #include "ring/control.h"
@@ -55,7 +56,8 @@ class FdList
         msg.msg_controllen = sizeof control_;
     }
 
-    // Takes what recvmsg brought; not after it failed, when msg says nothing. False: more came than a message may carry; the list holds them all, for the caller to close.
+    // Takes what recvmsg brought; not after it failed, when msg says nothing. False: more came than a message may
+    // carry; the list holds them all, for the caller to close.
     [[nodiscard]] bool take_from(msghdr &msg)
     {
         bool fits = (msg.msg_flags & MSG_CTRUNC) == 0;
@@ -81,8 +83,9 @@ class FdList
     alignas(cmsghdr) char control_[CMSG_SPACE(passed_max * sizeof(int))];
 };
 
-// Reads a payload of `size` bytes into a struct of ours, as iommufd's copy_struct_from_user: what the sender does not know is
-// zero, and what we do not know must be. -EINVAL: the size field is wrong or the payload ends before `required` bytes.
+// Reads a payload of `size` bytes into a struct of ours, as iommufd's copy_struct_from_user: what the sender does not
+// know is zero, and what we do not know must be. -EINVAL: the size field is wrong or the payload ends before `required`
+// bytes.
 template <class T> int read_payload(const void *payload, std::size_t size, T &out, std::size_t required = sizeof(T))
 {
     std::uint32_t stated = 0;

@@ -53,9 +53,9 @@ void raise_descriptor_limit()
     }
 }
 
-// Room in the table of descriptors, for some fifty guests, while there is one thread. Where there are several, the kernel waits for RCU
-// each time that it makes the table larger, and the guests that are being taken up wait with it: milliseconds, or seconds where the
-// kernel's own threads get no processor.
+// Room in the table of descriptors, for some fifty guests, while there is one thread. Where there are several, the
+// kernel waits for RCU each time that it makes the table larger, and the guests that are being taken up wait with it:
+// milliseconds, or seconds where the kernel's own threads get no processor.
 void make_room_for_descriptors()
 {
     constexpr int highest = 1023;

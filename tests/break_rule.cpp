@@ -1,7 +1,9 @@
-// Linked into dirtyringd_faulty: the service with a rule broken, or that dies between two instructions. From the environment:
+// Linked into dirtyringd_faulty: the service with a rule broken, or that dies between two instructions. From the
+// environment:
 //
 //   DIRTYRING_FAULT      the number of the rule, of enum Fault (iommu/fault.hpp)
-//   DIRTYRING_DIE_AT     a point of DIRTYRING_POINTS, or "point:n": it kills itself when it gets there, for the n-th time
+//   DIRTYRING_DIE_AT     a point of DIRTYRING_POINTS, or "point:n": it kills itself when it gets there, for the n-th
+//                        time
 //   DIRTYRING_DIE_ONCE   a path: whoever dies makes that file, and nobody dies when it is there
 //   DIRTYRING_DIE_PLAN   instead, a file with a DiePlan, which says so anew whenever it likes
 #include "iommu/fault.hpp"

@@ -1,5 +1,5 @@
-// The conformance kit as the service: of programs that are wrong in one way each it names that rule and no other, and our own
-// programs are right.
+// The conformance kit as the service: of programs that are wrong in one way each it names that rule and no other, and
+// our own programs are right.
 #include "client/check/our_programs.hpp"
 #include "client/check/played_service.hpp"
 

@@ -1,4 +1,5 @@
-// libdirtyring and a service whose workers die: what was asked is answered once and done once, and what needs no worker goes on.
+// libdirtyring and a service whose workers die: what was asked is answered once and done once, and what needs no worker
+// goes on.
 #include "tests/fake_service.hpp"
 
 #include <array>

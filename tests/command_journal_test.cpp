@@ -1,8 +1,8 @@
 // No command of a guest is lost, done twice or completed twice, wherever its home walker's process is killed.
 //
-// In one thread: the VMM, the walkers and the shards are what is stepped; a death is an exception at a point, or simply the end, of
-// everything that a process takes along. What outlives it is in Memory. The shards are played: they keep the records that real ones
-// keep, and complain when they are asked for what they need not stand.
+// In one thread: the VMM, the walkers and the shards are what is stepped; a death is an exception at a point, or simply
+// the end, of everything that a process takes along. What outlives it is in Memory. The shards are played: they keep
+// the records that real ones keep, and complain when they are asked for what they need not stand.
 #include "iommu/geometry.hpp"
 #include "service/commands/commands.hpp"
 #include "tests/hook.hpp"
@@ -58,7 +58,7 @@ dr_translation_header geometry()
     return h;
 }
 
-// ---- what outlives a worker ------------------------------------------------------------------------------------------
+// ---- what outlives a worker -----------------------------------------------------------------------------------------
 
 struct Marker {
     enum dr_marker kind;
@@ -122,7 +122,7 @@ struct Memory {
 
 using Complaints = std::vector<std::string>;
 
-// ---- a worker --------------------------------------------------------------------------------------------------------
+// ---- a worker -------------------------------------------------------------------------------------------------------
 
 // Does what it is asked in small steps, now and then without success.
 class PlayedShard final : public Shard
@@ -382,7 +382,7 @@ class Life
     bool asleep_ = false;
 };
 
-// ---- the VMM, which knows what must come of its commands ---------------------------------------------------------------
+// ---- the VMM, which knows what must come of its commands ------------------------------------------------------------
 
 class Vmm
 {
@@ -543,7 +543,7 @@ class Vmm
     std::set<std::uint64_t> epochs_;
 };
 
-// ---- scenarios -------------------------------------------------------------------------------------------------------
+// ---- scenarios ------------------------------------------------------------------------------------------------------
 
 struct Killed {
 };
@@ -744,7 +744,7 @@ INSTANTIATE_TEST_SUITE_P(At, Dies,
                                          Point::command_done, Point::command_completed),
                          name_of);
 
-// ---- one thing at a time ---------------------------------------------------------------------------------------------
+// ---- one thing at a time --------------------------------------------------------------------------------------------
 
 // A worker that is looked at by hand, and what its VMM gets.
 struct Bench {
@@ -866,7 +866,8 @@ TEST(CommandRestart, RollsBackToTheEnd)
     EXPECT_EQ(b.results(), (Results{{1, -ENOENT}}));
 }
 
-// What three maps have left: one over two slices, in three pieces; one that has begun again before where half of another was unmapped; the rest.
+// What three maps have left: one over two slices, in three pieces; one that has begun again before where half of
+// another was unmapped; the rest.
 TEST(CommandRestart, KnowsWhatIsOneMap)
 {
     Bench b;
@@ -990,7 +991,7 @@ TEST(CommandRestart, TailThatWentBack)
     EXPECT_EQ(b.results().size(), 5u);
 }
 
-// ---- negative controls -----------------------------------------------------------------------------------------------
+// ---- negative controls ----------------------------------------------------------------------------------------------
 
 // Dies after it has taken a command, and before it does anything of it.
 Outcome died_after_taking()

@@ -107,7 +107,8 @@ class Process
         : said_(need(::memfd_create("stderr", MFD_CLOEXEC), "memfd_create")),
           printed_(need(::memfd_create("stdout", MFD_CLOEXEC), "memfd_create"))
     {
-        // A supervisor and its worker share the file, and in a memfd not even its offset is theirs alone while they write.
+        // A supervisor and its worker share the file, and in a memfd not even its offset is theirs alone while they
+        // write.
         need(::fcntl(said_.get(), F_SETFL, O_APPEND), "fcntl");
         std::vector<char *> arguments;
         for (std::string &word : words)
@@ -730,7 +731,8 @@ class RawGuest : public Peer
     }
 };
 
-// When this returns, the walker has looked at every command ring and shard after what was written before. There is one walker.
+// When this returns, the walker has looked at every command ring and shard after what was written before. There is one
+// walker.
 inline void walker_goes_round(const Daemon &daemon)
 {
     RawGuest pace(daemon, 4);

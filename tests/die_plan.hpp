@@ -1,5 +1,5 @@
-// Where a service's worker is to kill itself, in a file that it and whoever disturbs it have mapped: each of its lives looks there at each
-// point it passes, so the plan can be changed at any time.
+// Where a service's worker is to kill itself, in a file that it and whoever disturbs it have mapped: each of its lives
+// looks there at each point it passes, so the plan can be changed at any time.
 #pragma once
 
 #include <atomic>

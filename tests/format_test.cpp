@@ -24,7 +24,7 @@ constexpr Rights all_rights[] = {{false, false}, {true, false}, {false, true}, {
 constexpr Rights read_write{true, true};
 constexpr Rights read_only{true, false};
 
-// ---- each format by itself -------------------------------------------------------------------------------------------
+// ---- each format by itself ------------------------------------------------------------------------------------------
 
 TEST(AmdV1, Bits)
 {
@@ -134,7 +134,7 @@ TEST(SmmuV3, Kinds)
     expect_smmu_kinds<SmmuV3S1>();
 }
 
-// ---- all of them -----------------------------------------------------------------------------------------------------
+// ---- all of them ----------------------------------------------------------------------------------------------------
 
 template <class F> class Conformance : public testing::Test
 {
@@ -427,7 +427,7 @@ TYPED_TEST(Conformance, UntrackedLeavesNeedNoHardware)
     EXPECT_TRUE(F::usable_as_is(untracked, false));
 }
 
-// ---- geometry --------------------------------------------------------------------------------------------------------
+// ---- geometry -------------------------------------------------------------------------------------------------------
 
 TEST(Geometry, AsFewLevelsAsNeeded)
 {

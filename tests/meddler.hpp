@@ -1,4 +1,5 @@
-// A service that is wrong in one way: dirtyringd behind a meddler, which passes messages on in both directions and changes some.
+// A service that is wrong in one way: dirtyringd behind a meddler, which passes messages on in both directions and
+// changes some.
 #pragma once
 
 #include "ring/socket.hpp"
@@ -187,7 +188,7 @@ class Meddler
     std::vector<std::thread> threads_; // the acceptor's, as long as it runs
 };
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 
 inline Mapping map_all(const Fd &fd, int protection)
 {

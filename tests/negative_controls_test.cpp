@@ -1,8 +1,9 @@
-// Negative controls: what a rule is good for shows when it is broken. Each enumerator of Fault has a scenario that loses nothing and
-// hangs nowhere as the engine is, and does one or the other once the rule is broken. Both halves run the same code.
+// Negative controls: what a rule is good for shows when it is broken. Each enumerator of Fault has a scenario that
+// loses nothing and hangs nowhere as the engine is, and does one or the other once the rule is broken. Both halves run
+// the same code.
 //
-// The scenarios are scheduled by hand, in one thread: a walker is what is stepped, a device is an object. Where only hardware can show
-// the loss: races_test.
+// The scenarios are scheduled by hand, in one thread: a walker is what is stepped, a device is an object. Where only
+// hardware can show the loss: races_test.
 #include "tests/hook.hpp"
 #include "tests/scenario.hpp"
 
@@ -208,8 +209,8 @@ Outcome died_while_enable_cleans()
     return judge(rig);
 }
 
-// An unmap of two slices in IOVA space. Its first part is done before dirt is reported, an ENABLE and a write come, then its second part; the
-// VMM maps something else there before it reads the run.
+// An unmap of two slices in IOVA space. Its first part is done before dirt is reported, an ENABLE and a write come,
+// then its second part; the VMM maps something else there before it reads the run.
 Outcome enabled_between_two_parts()
 {
     Rig rig({.shards = 2, .leaf_lg2_max = 12, .space = DR_SPACE_IOVA});
@@ -296,9 +297,10 @@ Outcome consumer_asleep()
     return judge(rig);
 }
 
-// ---- leave_relaxed ---------------------------------------------------------------------------------------------------
+// ---- leave_relaxed --------------------------------------------------------------------------------------------------
 
-// Reads, watched by TSan, what the device wrote; the device's leave is all that orders the two. For a process of its own.
+// Reads, watched by TSan, what the device wrote; the device's leave is all that orders the two. For a process of its
+// own.
 [[noreturn]] void read_behind_leave()
 {
     auto &rig = *new Rig; // the device's thread outlives this function
@@ -320,7 +322,7 @@ Outcome consumer_asleep()
     std::exit(sum == 0 ? 0 : 1);
 }
 
-// ---- the table -------------------------------------------------------------------------------------------------------
+// ---- the table ------------------------------------------------------------------------------------------------------
 
 struct Control {
     friend void PrintTo(const Control &c, std::ostream *out) { *out << c.name; }

@@ -1,6 +1,6 @@
-// Who wrote what, and whether the VMM has it. Devices that know nothing of each other write to slots of their own in each page, every
-// word of a slot the number of the write, which only grows: what the VMM's copy holds must be at least as new as the last write
-// that was complete before its sync.
+// Who wrote what, and whether the VMM has it. Devices that know nothing of each other write to slots of their own in
+// each page, every word of a slot the number of the write, which only grows: what the VMM's copy holds must be at least
+// as new as the last write that was complete before its sync.
 #pragma once
 
 #include "tests/rig.hpp"
@@ -17,8 +17,9 @@
 
 namespace dirtyring::test {
 
-// Blocks of IOVA space, spread over the shards. Each may be mapped to a few places of the guest's memory, and each place be mapped by
-// several blocks, so that remapping and aliases happen all the time, yet a device can find out where its write went.
+// Blocks of IOVA space, spread over the shards. Each may be mapped to a few places of the guest's memory, and each
+// place be mapped by several blocks, so that remapping and aliases happen all the time, yet a device can find out where
+// its write went.
 struct Layout {
     static constexpr std::uint64_t block_size = 4 * MiB;
     static constexpr unsigned blocks = 16;

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Sourced by the scripts that build: sees to it that what the build needs is installed. Debian and its kin; elsewhere the
-# configure step names what is missing.
+# Sourced by the scripts that build: sees to it that what the build needs is installed. Debian and its kin; elsewhere
+# the configure step names what is missing.
 
 packages=(
     binutils            # readelf, for the check of the library's NEEDED list

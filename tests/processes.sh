@@ -1,5 +1,6 @@
 #!/bin/bash
-# Whole programs, as their users run them: processes.sh CASE BIN TRACES, with CASE one of the functions below; --list names them.
+# Whole programs, as their users run them: processes.sh CASE BIN TRACES, with CASE one of the functions below; --list
+# names them.
 set -euo pipefail
 
 fail()
@@ -55,7 +56,8 @@ value()
 
 at_least()
 {
-    awk -v have="$(value "$1" "$2")" -v want="$3" 'BEGIN { exit !(have >= want) }' || fail "$2 is $(value "$1" "$2"), expected at least $3"
+    awk -v have="$(value "$1" "$2")" -v want="$3" 'BEGIN { exit !(have >= want) }' ||
+        fail "$2 is $(value "$1" "$2"), expected at least $3"
 }
 
 # judged SPACE NAME OPTION...: a migration under a trace, both judges, and cmp.
@@ -63,7 +65,8 @@ judged()
 {
     local space=$1 name=$2
     shift 2
-    "$bin/dirtyring" migrate --memory 512M --trace "$traces/$name.trace.gz" --loops 0 --space "$space" --ram-dir "$dir" \
+    "$bin/dirtyring" migrate --memory 512M --trace "$traces/$name.trace.gz" --loops 0 --space "$space" \
+        --ram-dir "$dir" \
         --json "$dir/json" "$@"
     cmp "$dir/source.ram" "$dir/destination.ram"
     local key
@@ -110,7 +113,8 @@ migrate_devices_and_shards() { trace oa guest-md5sum --devices 2 --ring-entries 
 # The same load in page tables of each other format.
 of_format()
 {
-    "$bin/dirtyring" migrate --memory 256M --pattern hotset --rate 20000 --seconds 1 --bandwidth 400M --format "$@" --json "$dir/json"
+    "$bin/dirtyring" migrate --memory 256M --pattern hotset --rate 20000 --seconds 1 --bandwidth 400M \
+        --format "$@" --json "$dir/json"
     grep -q "\"format\": \"$1\"" "$dir/json" || fail "the results name another format"
     at_least "$dir/json" runs_while_writing 100
     no_remains "migrate --format $1"
@@ -199,7 +203,8 @@ migrate_with_running_service()
 migrate_beside_a_walker_that_lags()
 {
     start_service
-    "$bin/dirtyring" migrate --memory 512M --trace "$traces/guest-md5sum.trace.gz" --loops 0 --speed 10 --bandwidth 300M \
+    "$bin/dirtyring" migrate --memory 512M --trace "$traces/guest-md5sum.trace.gz" --loops 0 --speed 10 \
+        --bandwidth 300M \
         --downtime-limit 20 --socket-path "$dir/socket" >"$dir/out" &
     local migration=$!
     comes "the first round" grep -q '^round 1: copied' "$dir/out"
@@ -264,17 +269,20 @@ two_services_one_socket()
     start_service
     local got=0
     "$bin/dirtyringd" --socket-path "$dir/socket" 2>"$dir/err" || got=$?
-    [ $got = 1 ] && grep -q 'another service is listening' "$dir/err" || fail "the second service: exit code $got, $(cat "$dir/err")"
+    [ $got = 1 ] && grep -q 'another service is listening' "$dir/err" ||
+        fail "the second service: exit code $got, $(cat "$dir/err")"
     "$bin/dirtyring" migrate --memory 16M --pattern uniform --seconds 0.2 --socket-path "$dir/socket"
     stop_service
 }
 
-# A migration of some seconds, in a session of its own. Bash ignores interrupts in its name; it has begun when it blocks them itself.
+# A migration of some seconds, in a session of its own. Bash ignores interrupts in its name; it has begun when it blocks
+# them itself.
 start_migration()
 {
     setsid "$bin/dirtyring" migrate --memory 256M --pattern uniform --bandwidth 50M "$@" >"$dir/out" 2>"$dir/err" &
     migration=$!
-    comes "a migration" awk '/^Name:/ { name = $2 } /^SigBlk:/ { ints = $2 ~ /[2367abef]$/ } END { exit !(name == "dirtyring" && ints) }' \
+    comes "a migration" awk \
+        '/^Name:/ { name = $2 } /^SigBlk:/ { ints = $2 ~ /[2367abef]$/ } END { exit !(name == "dirtyring" && ints) }' \
         "/proc/$migration/status"
 }
 
@@ -360,7 +368,8 @@ file_reader()
     done
     expect 2 'usage' "${reader[@]}" somewhere "$dir/file"
     expect 1 'no-such-file: No such file' "${reader[@]}" 0 "$dir/no-such-file"
-    expect 1 'attach: no guest has this token' "$bin/file_reader" "$dir/socket" "${words[1]//[0-9]/a}" "${words[3]}" 0 "$dir/file"
+    expect 1 'attach: no guest has this token' \
+        "$bin/file_reader" "$dir/socket" "${words[1]//[0-9]/a}" "${words[3]}" 0 "$dir/file"
     expect 1 'pin: DMA write at iova 0x4000000: no translation' "${reader[@]}" 0x4000000 "$dir/file"
     "${reader[@]}" 0x1000 "$dir/file" >"$dir/out" || fail "file_reader ended with $?"
     grep -q '^read 16777216 bytes, at most 64 reads in flight$' "$dir/out" || fail "file_reader says: $(cat "$dir/out")"

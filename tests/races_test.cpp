@@ -1,5 +1,5 @@
-// Negative controls that need two processors: the walker advances and samples while a device enters a section and looks at the generation.
-// Two threads race a bounded number of times.
+// Negative controls that need two processors: the walker advances and samples while a device enters a section and looks
+// at the generation. Two threads race a bounded number of times.
 #include "tests/hook.hpp"
 #include "tests/scenario.hpp"
 
@@ -19,9 +19,10 @@
 namespace dirtyring::test {
 namespace {
 
-// One round: the device makes a page of a large leaf dirty and has it in its IOTLB. Then at the same time the walker sweeps and
-// the VMM copies the leaf's last page at once, and the device, in its next section, writes the end of the leaf, which takes it some
-// microseconds. Stores that miss the cache stand in the store buffer before the one that matters.
+// One round: the device makes a page of a large leaf dirty and has it in its IOTLB. Then at the same time the walker
+// sweeps and the VMM copies the leaf's last page at once, and the device, in its next section, writes the end of the
+// leaf, which takes it some microseconds. Stores that miss the cache stand in the store buffer before the one that
+// matters.
 
 struct alignas(128) Slow {
     std::atomic<std::uint64_t> word{0};
@@ -103,7 +104,8 @@ class Race
     {
         go_.store(round_, std::memory_order_release);
         if (meeting_ == Meeting::after_first_page) {
-            // The device has begun to copy. glibc stores the first bytes last where the processor has no fast REP MOVSB.
+            // The device has begun to copy. glibc stores the first bytes last where the processor has no fast
+            // REP MOVSB.
             await([this] { return peek_word(rig_.source.data() + tail + page_size) == round_; });
         } else {
             spin(walker_random_() % 128);

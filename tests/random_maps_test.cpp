@@ -1,4 +1,5 @@
-// Maps that come and go at random, in each format, against a list of them: what each page leads to, with which rights, and by a leaf of which size.
+// Maps that come and go at random, in each format, against a list of them: what each page leads to, with which rights,
+// and by a leaf of which size.
 #include "tests/each_format.hpp"
 #include "tests/oracle.hpp"
 

@@ -60,7 +60,7 @@ class ResizeWithoutStall : public Resize
 INSTANTIATE_TEST_SUITE_P(Kinds, ResizeWithoutStall, testing::ValuesIn(std::begin(kinds), std::end(kinds) - 1),
                          [](const auto &info) { return std::string(info.param.name); });
 
-// ---- what leaves are -------------------------------------------------------------------------------------------------
+// ---- what leaves are ------------------------------------------------------------------------------------------------
 
 TEST_P(Resize, SplitsToTheSizeAskedForAndCollapsesAgain)
 {
@@ -187,7 +187,7 @@ TEST(ResizeReplicas, AreNotCutByACollapse)
     EXPECT_GT(lost_around(4 * MiB, 5 * MiB + inside, Fault::collapse_cuts_leaf), 0u);
 }
 
-// ---- dirt ------------------------------------------------------------------------------------------------------------
+// ---- dirt -----------------------------------------------------------------------------------------------------------
 
 TEST_P(Resize, ReportsWhatWasDirtyThenWhatIsWritten)
 {
@@ -225,8 +225,8 @@ TEST_P(Resize, CollapsesWhatIsCleanToWhatIsClean)
     EXPECT_GT(rig.pages_reported, before);
 }
 
-// A device writes at every place that has a name, to pages it has written before and to others, by what it has cached and not; a
-// section that began before goes on.
+// A device writes at every place that has a name, to pages it has written before and to others, by what it has cached
+// and not; a section that began before goes on.
 std::uint64_t lost_at(const Kind &kind, Point where, Fault fault = Fault::none)
 {
     RigOptions options = kind.options();
@@ -280,8 +280,8 @@ TEST_P(ResizeWithoutStall, LosesNothingWrittenMeanwhile)
         EXPECT_EQ(lost_at(GetParam(), where), 0u) << static_cast<int>(where);
 }
 
-// A device that only reads makes the compare-and-swap of a leaf fail, and the leaf dirty in the owner's name. Lost is what a device that
-// finds D set leaves to whoever has set it.
+// A device that only reads makes the compare-and-swap of a leaf fail, and the leaf dirty in the owner's name. Lost is
+// what a device that finds D set leaves to whoever has set it.
 std::uint64_t lost_when_read(const Kind &kind, Fault fault = Fault::none)
 {
     RigOptions options = kind.options();
@@ -325,8 +325,8 @@ constexpr Step steps[] = {{OpKind::split, 30, 21},
                           {OpKind::collapse, 12, 21},
                           {OpKind::collapse, 21, 30}};
 
-// The pass of a sync waits for room in the middle of dirty leaves, which are resized meanwhile: some of their D is where the pass has been, and
-// the marker has to wait for it. How many of the leaves are not there before it.
+// The pass of a sync waits for room in the middle of dirty leaves, which are resized meanwhile: some of their D is
+// where the pass has been, and the marker has to wait for it. How many of the leaves are not there before it.
 std::size_t missing_at_marker(const Kind &kind, const Step &step, Fault fault = Fault::none)
 {
     RigOptions options = kind.options();
@@ -408,7 +408,7 @@ TEST_P(Resize, IsNotNoticedByDevices)
     EXPECT_EQ(rig.lost(), 0u);
 }
 
-// ---- negative controls -------------------------------------------------------------------------------------------------
+// ---- negative controls ----------------------------------------------------------------------------------------------
 
 std::uint64_t lost_anywhere(const Kind &kind, Fault fault)
 {
@@ -449,7 +449,7 @@ TEST(ResizeBroken, FaultsAtALeafThatIsBeingReplaced)
     EXPECT_EQ(read_while_broken(Fault::break_taken_for_fault), iommu::FaultReason::not_present);
 }
 
-// ---- no memory -----------------------------------------------------------------------------------------------------------
+// ---- no memory ------------------------------------------------------------------------------------------------------
 
 TEST_P(Resize, LeavesLeavesAloneWhenThereIsNoMemory)
 {
@@ -480,7 +480,7 @@ TEST_P(Resize, LeavesLeavesAloneWhenThereIsNoMemory)
     EXPECT_GT(failed, 0u);
 }
 
-// ---- in the background ---------------------------------------------------------------------------------------------------
+// ---- in the background ----------------------------------------------------------------------------------------------
 
 bool settle(Rig &rig)
 {
@@ -555,7 +555,8 @@ TEST_P(Resize, SplitsEagerlyThroughARestart)
     EXPECT_EQ(rig.lost(), 0u);
 }
 
-// Dirt is reported again while the leaves of the time before are being collapsed: what is small stays so. log2 of the leaf.
+// Dirt is reported again while the leaves of the time before are being collapsed: what is small stays so. log2 of the
+// leaf.
 unsigned leaf_when_enabled_again()
 {
     Rig rig({.collapse = true, .memory = 256 * MiB});

@@ -1,4 +1,5 @@
-// The owner of a shard dies, and another takes up what it has left: one scenario, and a death at every place that has a name.
+// The owner of a shard dies, and another takes up what it has left: one scenario, and a death at every place that has a
+// name.
 #include "tests/death_at.hpp"
 #include "tests/hook.hpp"
 #include "tests/rig.hpp"
@@ -23,7 +24,8 @@ constexpr std::array names_of_points = {
 #undef X
 };
 
-// Leaves of all sizes, small steps: the ring is short, so an unmap is cut; devices write all the time, and one has a pin.
+// Leaves of all sizes, small steps: the ring is short, so an unmap is cut; devices write all the time, and one has a
+// pin.
 bool scenario(Rig &rig, DeathAt &death)
 {
     const auto write = [&] {
@@ -111,7 +113,8 @@ class Dies : public testing::TestWithParam<Kind>
 
 TEST_P(Dies, AtEveryPlaceAndNothingIsLost)
 {
-    // Those of what is above the shard, and of a sleep: others' tests. Those of devices come first, and are none of ours.
+    // Those of what is above the shard, and of a sleep: others' tests. Those of devices come first, and are none of
+    // ours.
     const std::set<std::string_view> elsewhere = {"device_before_tag", "device_between_dirty_and_summary",
                                                   "device_before_pin", "walker_before_sleep",
                                                   "command_recorded",  "command_taken",
@@ -276,7 +279,8 @@ TEST(Restart, ReportsWhatAnUnmapHadTakenOut)
     EXPECT_GT(lost(), 0u);
 }
 
-// The service dies when an unmap has taken leaves out and not advanced; a device still has a translation that went through one of them.
+// The service dies when an unmap has taken leaves out and not advanced; a device still has a translation that went
+// through one of them.
 TEST(Restart, LetsNobodyPinWhatIsTakenOut)
 {
     const auto lost = [] {
@@ -339,7 +343,7 @@ TEST(Restart, KeepsASleepingDeviceWaitingForNobody)
     EXPECT_EQ(rig.lost(), 0u);
 }
 
-// ---- a device that does not go on ---------------------------------------------------------------------------------------
+// ---- a device that does not go on -----------------------------------------------------------------------------------
 
 TEST(Stall, IsToldOnceAndTakenBack)
 {

@@ -47,8 +47,8 @@ Memory::~Memory()
     ::munmap(data_, size_);
 }
 
-// Most of a test's time goes by here, and there is nothing else to see: whoever calls has looked where they copy, in memory of
-// mmap's, around which ASan has no red zones.
+// Most of a test's time goes by here, and there is nothing else to see: whoever calls has looked where they copy, in
+// memory of mmap's, around which ASan has no red zones.
 #define DR_UNWATCHED __attribute__((no_sanitize("thread", "address", "undefined")))
 
 // volatile: a loop over it does not become a call of memcpy, which TSan would look into.

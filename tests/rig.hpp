@@ -1,6 +1,6 @@
-// An hwpt within the test's process: its regions as the service makes them, its shards, rings and their consumer, the guest's
-// memory and device threads. Everything has one mapping for all parties, so that TSan sees what they share. One thread,
-// unless a member says otherwise.
+// An hwpt within the test's process: its regions as the service makes them, its shards, rings and their consumer, the
+// guest's memory and device threads. Everything has one mapping for all parties, so that TSan sees what they share. One
+// thread, unless a member says otherwise.
 #pragma once
 
 #include "client/retained_map.hpp"
@@ -72,7 +72,8 @@ class Memory
     std::uint64_t size_;
 };
 
-// True: the page differed. Devices may be writing to it, as in every migration: what they write later is reported later.
+// True: the page differed. Devices may be writing to it, as in every migration: what they write later is reported
+// later.
 bool copy_page(std::byte *to, const std::byte *from);
 
 // A word that another thread may be writing.
@@ -131,15 +132,16 @@ class Rig
     }
     bool step(unsigned i = 0) { return shards_[i].shard->step(now += 1000); }
     bool step_all();
-    // The shard's owner has died, wherever it was; another takes up its memory, and the operations that got no answer come again.
+    // The shard's owner has died, wherever it was; another takes up its memory, and the operations that got no answer
+    // come again.
     void restart(unsigned i = 0);
     // Steps all shards until there is nothing to do at once. False: there always is something.
     bool settle();
 
     // ---- operations; the memory of each stays until the end of the rig
 
-    // Gives an operation to its walker, and what the VMM does while it waits; for walkers in threads of their own. `proceed`
-    // answers false when patience is at an end.
+    // Gives an operation to its walker, and what the VMM does while it waits; for walkers in threads of their own.
+    // `proceed` answers false when patience is at an end.
     std::function<void(Op &)> deliver;
     std::function<bool()> proceed;
 

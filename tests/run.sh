@@ -43,9 +43,10 @@ build()
 step "format"
 git ls-files -z -co --exclude-standard '*.h' '*.hpp' '*.c' '*.cpp' | xargs -0 clang-format --dry-run -Werror
 
-# Tests within one process run under the sanitizers, those with one thread not under TSan. With --full all of them run everywhere;
-# under TSan those with one thread do so at their usual length, as its shadow of memory that comes and goes only grows.
-# TSan is gcc's and AddressSanitizer clang's: of the tests that they run, the other presets build what that leaves to one compiler.
+# Tests within one process run under the sanitizers, those with one thread not under TSan. With --full all of them run
+# everywhere; under TSan those with one thread do so at their usual length, as its shadow of memory that comes and goes
+# only grows. TSan is gcc's and AddressSanitizer clang's: of the tests that they run, the other presets build what that
+# leaves to one compiler.
 others=(--target others)
 not_others=(--label-exclude '^inprocess$' --exclude-regex _NOT_BUILT)
 inprocess=(--target inprocess)
@@ -74,9 +75,9 @@ if [ -n "${DIRTYRING_FULL-}" ]; then
     step "test: tsan, one thread"
     env -u DIRTYRING_FULL "${fixed_addresses[@]}" ctest --preset tsan --label-regex one_thread --parallel "$jobs"
 
-    step "test: dev, what starts processes, 100 times, many at once, as they wait most of the time; build/dev/repeated.log"
-    DIRTYRING_REPEATED=1 ctest --preset dev --label-regex processes --repeat until-fail:100 --parallel $((8 * jobs)) --quiet \
-        --output-log "$PWD/build/dev/repeated.log" ||
+    step "test: dev, programs, 100 times, many at once, as they wait most of the time; build/dev/repeated.log"
+    DIRTYRING_REPEATED=1 ctest --preset dev --label-regex processes --repeat until-fail:100 --parallel $((8 * jobs)) \
+        --quiet --output-log "$PWD/build/dev/repeated.log" ||
         { grep -E 'Failed|Timeout|tests failed' build/dev/repeated.log; exit 1; }
     tail -n 12 build/dev/repeated.log | grep -E 'tests passed|Total'
 fi

@@ -1,7 +1,7 @@
-// Schedules at random, in one thread, so that a seed repeats: whichever device, walker or VMM is at its turn takes a small step, also in
-// between two instructions of another (iommu/fault.hpp names the places); there the service may also die, all walkers at once, and
-// another take its place. The oracle is that of property_test.cpp. That the search is worth
-// its time, it shows itself: with a rule broken it must find a loss.
+// Schedules at random, in one thread, so that a seed repeats: whichever device, walker or VMM is at its turn takes a
+// small step, also in between two instructions of another (iommu/fault.hpp names the places); there the service may
+// also die, all walkers at once, and another take its place. The oracle is that of property_test.cpp. That the search
+// is worth its time, it shows itself: with a rule broken it must find a loss.
 #include "tests/hook.hpp"
 #include "tests/oracle.hpp"
 #include "tests/rig.hpp"

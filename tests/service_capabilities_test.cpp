@@ -50,7 +50,7 @@ int disable(TrackedGuest &guest)
     return guest.run(command(DR_OP_DISABLE, guest.hwpt));
 }
 
-// ---- for each device -------------------------------------------------------------------------------------------------
+// ---- for each device ------------------------------------------------------------------------------------------------
 
 TEST(ServiceDeviceInfo, TellsWhatEachDeviceDeclared)
 {
@@ -180,7 +180,7 @@ TEST(ServiceCapabilities, AreThoseOfTheDeviceThatComesBack)
     EXPECT_EQ(status(guest).devices, 1u);
 }
 
-// ---- try and fail ----------------------------------------------------------------------------------------------------
+// ---- try and fail ---------------------------------------------------------------------------------------------------
 
 TEST(ServiceOptionalTracking, IsRefusedWhileADeviceIsInTheWay)
 {

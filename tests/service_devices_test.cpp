@@ -8,7 +8,7 @@ namespace {
 
 using testing::IsSupersetOf;
 
-// ---- devices ---------------------------------------------------------------------------------------------------------
+// ---- devices --------------------------------------------------------------------------------------------------------
 
 TEST(ServiceDevice, InsideASectionCannotDetach)
 {
@@ -28,7 +28,8 @@ TEST(ServiceDevice, InsideASectionCannotDetach)
     expect_done(device.call(DR_DEVICE_ATTACH, device.request()));
 }
 
-// A guest with a device in another process, inside a section in which it wrote some pages; and a bystander on the same walker.
+// A guest with a device in another process, inside a section in which it wrote some pages; and a bystander on the same
+// walker.
 class ServiceDeviceInside : public testing::Test
 {
   protected:
@@ -240,7 +241,7 @@ TEST(ServiceDevice, WritesWhereTheMapSaysOrNowhere)
     EXPECT_EQ(in_low, 0u) << "a write to OA 2^52 went to OA 0";
 }
 
-// ---- memory of tables ------------------------------------------------------------------------------------------------
+// ---- memory of tables -----------------------------------------------------------------------------------------------
 
 // Bytes of tables that a process maps by large pages.
 std::uint64_t large_tables(const std::string &process)
@@ -290,7 +291,7 @@ TEST(ServiceTables, OfAWholeGiBAreInOneLargePageForAll)
     EXPECT_TRUE(comes_true([&] { return large_tables(std::to_string(daemon.process().pid())) == ring::large_page; }));
 }
 
-// ---- objects and guests that come and go -----------------------------------------------------------------------------
+// ---- objects and guests that come and go ----------------------------------------------------------------------------
 
 TEST(ServiceLife, OfAnHwptEndsWithWhatIsInFlight)
 {
@@ -435,7 +436,7 @@ TEST_P(ServiceGuests, LiveSideBySide)
     }
 }
 
-// ---- an idle service -------------------------------------------------------------------------------------------------
+// ---- an idle service ------------------------------------------------------------------------------------------------
 
 void expect_idle(const Daemon &daemon)
 {

@@ -9,7 +9,7 @@ namespace {
 
 using testing::HasSubstr;
 
-// ---- HELLO -----------------------------------------------------------------------------------------------------------
+// ---- HELLO ----------------------------------------------------------------------------------------------------------
 
 TEST(ServiceHello, BothSidesUseWhatBothOffered)
 {
@@ -48,7 +48,7 @@ TEST(ServiceHello, ComesOnce)
     expect_refused(peer.call(DR_HELLO, dr_hello{0, 1, 0}), EPROTO);
 }
 
-// ---- messages --------------------------------------------------------------------------------------------------------
+// ---- messages -------------------------------------------------------------------------------------------------------
 
 TEST(ServiceMessage, ThatDoesNotBeginARequestClosesTheConnection)
 {
@@ -156,7 +156,7 @@ TEST(ServiceMessage, WhoseSenderReadsNoRepliesHoldsUpNobody)
     newcomer.expect_tracks();
 }
 
-// ---- descriptors -----------------------------------------------------------------------------------------------------
+// ---- descriptors ----------------------------------------------------------------------------------------------------
 
 TEST(ServiceDescriptors, WhereNoneAreExpectedAreRefusedAndClosed)
 {

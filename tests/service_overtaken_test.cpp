@@ -1,4 +1,5 @@
-// Unmaps in IOVA space that an ENABLE overtakes, as a VMM with a RetainedMap sees them: what was written is copied to where it was mapped.
+// Unmaps in IOVA space that an ENABLE overtakes, as a VMM with a RetainedMap sees them: what was written is copied to
+// where it was mapped.
 #include "client/retained_map.hpp"
 #include "tests/supervised.hpp"
 
@@ -134,8 +135,8 @@ class Overtaken
     Daemon daemon_;
 };
 
-// A page is pinned for writing, its unmap waits, an ENABLE comes, the data lands, and the IOVA is mapped to another page before its run is
-// read. True: the copy is right.
+// A page is pinned for writing, its unmap waits, an ENABLE comes, the data lands, and the IOVA is mapped to another
+// page before its run is read. True: the copy is right.
 bool pinned_and_enabled(Fault fault)
 {
     Overtaken daemon(fault);
@@ -166,7 +167,8 @@ TEST(ServiceOvertaken, APinnedUnmapThatAnEnableOvertakesHasAnEpoch)
     EXPECT_FALSE(pinned_and_enabled(Fault::epoch_at_submission));
 }
 
-// The last page of a slice and the first of the next, each a map. The first is pinned, the second written behind the ENABLE.
+// The last page of a slice and the first of the next, each a map. The first is pinned, the second written behind the
+// ENABLE.
 bool second_slice_written(Fault fault)
 {
     Overtaken daemon(fault);

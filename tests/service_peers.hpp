@@ -1,4 +1,5 @@
-// The peers of the service's tests: a VMM and devices that use the library, and guests that speak the protocol themselves.
+// The peers of the service's tests: a VMM and devices that use the library, and guests that speak the protocol
+// themselves.
 #pragma once
 
 #include "client/dirtyring_device.h"

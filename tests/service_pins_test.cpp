@@ -424,8 +424,8 @@ TEST(ServicePins, AThousandDelayNothingAndLoseNothing)
 
 // ---- devices that die -----------------------------------------------------------------------------------------------
 
-// A device has reads from its disk in flight when it is killed; all of them have landed, and none is given back. Its ring
-// cannot hold them.
+// A device has reads from its disk in flight when it is killed; all of them have landed, and none is given back. Its
+// ring cannot hold them.
 class ServicePinsOfADeadDevice : public testing::Test
 {
   protected:

@@ -1,4 +1,5 @@
-// dirtyringd as a program: descriptors it is started with, sockets, signals, logs; and a fuzzer beside a guest that keeps the rules.
+// dirtyringd as a program: descriptors it is started with, sockets, signals, logs; and a fuzzer beside a guest that
+// keeps the rules.
 #include "tests/service_peers.hpp"
 
 #include <liburing.h>
@@ -11,7 +12,7 @@ namespace {
 
 using testing::HasSubstr;
 
-// ---- the program -----------------------------------------------------------------------------------------------------
+// ---- the program ----------------------------------------------------------------------------------------------------
 
 TEST(ServiceProgram, TellsItsSupervisorWhenItIsReadyAndWhenItStops)
 {
@@ -86,7 +87,8 @@ TEST_P(ServiceListeningFd, IsServed)
     EXPECT_EQ(::unlink(path.c_str()), 0) << "the socket is its owner's";
 }
 
-// As a dead predecessor's io_uring may, until the kernel has taken it apart: who waits exclusively takes a connection's only wake.
+// As a dead predecessor's io_uring may, until the kernel has taken it apart: who waits exclusively takes a connection's
+// only wake.
 TEST(ServiceProgram, ServesAListenerThatOthersWaitFor)
 {
     TemporaryDirectory directory;
@@ -292,7 +294,7 @@ TEST(ServiceProgram, LivesOnWhenNobodyReadsItsLog)
     std::filesystem::remove(path);
 }
 
-// ---- fuzz ------------------------------------------------------------------------------------------------------------
+// ---- fuzz -----------------------------------------------------------------------------------------------------------
 
 // Connections of a few thousand messages: random bytes, and valid ones with some bytes changed.
 class Fuzzer

@@ -6,7 +6,7 @@
 namespace dirtyring::test {
 namespace {
 
-// ---- requests --------------------------------------------------------------------------------------------------------
+// ---- requests -------------------------------------------------------------------------------------------------------
 
 // A connection on which a request is in place, and the request.
 struct Place {

@@ -114,7 +114,7 @@ void expect_tracks(TrackedGuest &guest, const RawRing &ring, const Device &devic
     EXPECT_THAT(reported, testing::Contains(p));
 }
 
-// ---- a front-end -----------------------------------------------------------------------------------------------------
+// ---- a front-end ----------------------------------------------------------------------------------------------------
 
 TEST(ServiceRestart, AFrontEndHasItsGuestAgain)
 {
@@ -284,7 +284,7 @@ TEST(ServiceRestart, AGuestWhoseVmmDiesWhileNoWorkerLivesIsFreed)
     daemon.expect_empty_store();
 }
 
-// ---- successors without a death ----------------------------------------------------------------------------------------
+// ---- successors without a death -------------------------------------------------------------------------------------
 
 TEST(ServiceTakeOver, TheOldFrontEndLosesItsConnectionAndNothingElse)
 {
@@ -379,7 +379,7 @@ TEST(ServiceGuestDestroy, FreesAGuestThatWouldLinger)
     expect_done(guest.call(DR_GUEST_CREATE, guest.created));
 }
 
-// ---- devices -----------------------------------------------------------------------------------------------------------
+// ---- devices --------------------------------------------------------------------------------------------------------
 
 TEST(ServiceRestart, ADeviceKeepsItsCellsAndDetaches)
 {
@@ -503,7 +503,7 @@ TEST(ServiceStatus, IsClearedWhenTheDeviceIsKilled)
     EXPECT_EQ(guest.next_completion().result, 0);
 }
 
-// ---- deaths in the middle ------------------------------------------------------------------------------------------------
+// ---- deaths in the middle -------------------------------------------------------------------------------------------
 
 class ServiceDeath : public testing::TestWithParam<const char *>
 {
@@ -572,7 +572,7 @@ TEST_P(ServiceDeathInRestart, IsOverlooked)
     ::unlink(once.c_str());
 }
 
-// ---- capabilities ------------------------------------------------------------------------------------------------------
+// ---- capabilities ---------------------------------------------------------------------------------------------------
 
 void optional(dr_hwpt_alloc &request)
 {
@@ -642,7 +642,7 @@ TEST(ServiceRestart, OneOfEnableAndAttachWinsTheRaceThatADeathInterrupts)
     }
 }
 
-// ---- one worker --------------------------------------------------------------------------------------------------------
+// ---- one worker -----------------------------------------------------------------------------------------------------
 
 // Started with the record of the guest that `daemon` has.
 class SecondWorker

@@ -10,7 +10,7 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsSupersetOf;
 
-// ---- rights ----------------------------------------------------------------------------------------------------------
+// ---- rights ---------------------------------------------------------------------------------------------------------
 
 std::string name_of(const Fd &fd)
 {
@@ -133,7 +133,7 @@ TEST(ServiceRights, AnotherUserCannotReopenARegionForWriting)
         EXPECT_EQ(reopened_by_nobody(*fd), EACCES) << name_of(*fd);
 }
 
-// ---- the command ring ------------------------------------------------------------------------------------------------
+// ---- the command ring -----------------------------------------------------------------------------------------------
 
 class ServiceCommand : public testing::Test
 {
@@ -465,7 +465,7 @@ TEST_F(ServiceCommandRing, WithEventfdsThatBlockHoldsUpNobody)
     bystander.expect_tracks();
 }
 
-// ---- the dirty ring --------------------------------------------------------------------------------------------------
+// ---- the dirty ring -------------------------------------------------------------------------------------------------
 
 class ServiceDirtyRing : public testing::Test
 {

@@ -1,4 +1,5 @@
-// dirtyringd --supervise through the C API: what a killed worker leaves half done at the edges of a guest, and what its successor makes of it.
+// dirtyringd --supervise through the C API: what a killed worker leaves half done at the edges of a guest, and what its
+// successor makes of it.
 #include "tests/service_peers.hpp"
 #include "tests/supervised.hpp"
 
@@ -15,12 +16,12 @@ namespace {
 constexpr std::uint64_t mib = 1ull << 20;
 constexpr std::uint64_t gib = 1ull << 30;
 
-// ---- tables of a GiB ------------------------------------------------------------------------------------------------------
+// ---- tables of a GiB ------------------------------------------------------------------------------------------------
 
 enum class Last { mapped, split };
 
-// All but one of the lowest tables of a GiB are linked, the worker dies, the last one is linked, and they become a large page. How many of 512
-// DMA writes, one through each table, fault or are not reported.
+// All but one of the lowest tables of a GiB are linked, the worker dies, the last one is linked, and they become a
+// large page. How many of 512 DMA writes, one through each table, fault or are not reported.
 unsigned missing_of_512(Fault fault, Last last)
 {
     Supervised daemon(
@@ -94,9 +95,10 @@ TEST(ServiceSurvival, TablesOfAGiBStayWhenTheLastIsSplit)
     EXPECT_EQ(missing_of_512(Fault::none, Last::split), 0u);
 }
 
-// ---- rings of an hwpt that is destroyed -----------------------------------------------------------------------------------
+// ---- rings of an hwpt that is destroyed -----------------------------------------------------------------------------
 
-// A consumer of each ring sleeps; the worker dies within DESTROY, at the point. How many rings have no end, or a consumer that nobody called.
+// A consumer of each ring sleeps; the worker dies within DESTROY, at the point. How many rings have no end, or a
+// consumer that nobody called.
 unsigned without_end_in(const std::string &died, Fault fault, const std::string &point)
 {
     constexpr std::uint32_t shards = 4;
@@ -170,7 +172,7 @@ TEST(ServiceSurvival, RingsOfADestroyThatDiedStaySilentWithoutTheRule)
     EXPECT_GT(without_end(Fault::destroy_not_ended, "destroy_noted:1"), 0u);
 }
 
-// ---- a front-end that dies before its kick ------------------------------------------------------------------------------------
+// ---- a front-end that dies before its kick --------------------------------------------------------------------------
 
 dr_guest_create lingering()
 {

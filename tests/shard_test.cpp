@@ -62,7 +62,7 @@ void write_apart(Rig &rig, std::uint64_t from, unsigned n)
         ASSERT_EQ(rig.write(0, from + 2 * i * P, P).reason, iommu::FaultReason::none);
 }
 
-// ---- sweep -----------------------------------------------------------------------------------------------------------
+// ---- sweep ----------------------------------------------------------------------------------------------------------
 
 TEST_P(Sweep, ReportsRunsOfWhatWasWritten)
 {
@@ -282,7 +282,7 @@ TEST_P(Sweep, DetachedDeviceIsNotWaitedFor)
     EXPECT_EQ(rig.sync(), 0);
 }
 
-// ---- sync ------------------------------------------------------------------------------------------------------------
+// ---- sync -----------------------------------------------------------------------------------------------------------
 
 TEST_P(Sync, MarkerLiesBehindEverythingWritten)
 {
@@ -376,7 +376,7 @@ TEST_P(Sync, WaitingForRoomHoldsUpNoMapOrUnmap)
     EXPECT_FALSE(sync.over());
 }
 
-// ---- map and unmap ---------------------------------------------------------------------------------------------------
+// ---- map and unmap --------------------------------------------------------------------------------------------------
 
 TEST_P(Unmap, HarvestsWhatWasWritten)
 {
@@ -456,7 +456,8 @@ TEST_P(Unmap, AnswersAgainOnAnEntryBoundary)
     }
 }
 
-// A partial unmap that is answered with AGAIN has a marker behind what it unmapped: what is mapped there next is another map.
+// A partial unmap that is answered with AGAIN has a marker behind what it unmapped: what is mapped there next is
+// another map.
 TEST_P(Unmap, PartOfManyVisitsHasItsMarkerToo)
 {
     Rig rig({.leaf_lg2_max = 12, .space = DR_SPACE_IOVA, .capacity = 8, .memory = 256 * MiB});
@@ -615,7 +616,7 @@ TEST_P(Map, LargeLeafOverEmptiedTables)
     EXPECT_EQ(rig.lost(), 0u);
 }
 
-// ---- hostile devices -------------------------------------------------------------------------------------------------
+// ---- hostile devices ------------------------------------------------------------------------------------------------
 
 struct Span {
     std::uint64_t oa;
@@ -752,7 +753,7 @@ TEST_P(Hostile, TailOutsideTheRing)
     }
 }
 
-// ---- life ------------------------------------------------------------------------------------------------------------
+// ---- life -----------------------------------------------------------------------------------------------------------
 
 TEST_P(Cancel, CompletesEverythingAndEndsTheRing)
 {
@@ -837,7 +838,8 @@ TEST_P(Sleep, OperationsKeepTheWalkerAwake)
     EXPECT_TRUE(rig.shard().prepare_sleep(rig.now).busy);
 }
 
-// A device is stopped when it has turned a table bit and not rung: the next one finds the bit set. What both wrote comes with a sync.
+// A device is stopped when it has turned a table bit and not rung: the next one finds the bit set. What both wrote
+// comes with a sync.
 TEST_P(Sleep, ADeviceThatIsStoppedBeforeItRingsDelaysOthersUntilASync)
 {
     Rig rig(small_leaves(DR_SPACE_OA));

@@ -1,5 +1,5 @@
-// What the successor of a shard's owner must know beyond leaves: which tables have memory, what was half linked, which marker is due, what
-// went on in the background.
+// What the successor of a shard's owner must know beyond leaves: which tables have memory, what was half linked, which
+// marker is due, what went on in the background.
 #include "tests/death_at.hpp"
 #include "tests/hook.hpp"
 #include "tests/rig.hpp"
@@ -21,8 +21,8 @@ class Successor : public testing::TestWithParam<unsigned>
 INSTANTIATE_TEST_SUITE_P(Formats, Successor,
                          testing::Values(iommu::AmdV1::id, iommu::VtdSs::id, iommu::SmmuV3S2::id, iommu::SmmuV3S1::id));
 
-// The lowest tables of a GiB, but for the last, are linked by one owner, the last by another, which asks for a large page. Pages lost, and
-// faults, when what may be given back was.
+// The lowest tables of a GiB, but for the last, are linked by one owner, the last by another, which asks for a large
+// page. Pages lost, and faults, when what may be given back was.
 std::uint64_t lost_when_made_large(unsigned format)
 {
     Rig rig({.format = format, .leaf_lg2_max = 12, .memory = GiB});
@@ -60,7 +60,7 @@ TEST_P(Successor, GivesBackWhatIsUnmapped)
     EXPECT_LE(rig.tables_bytes() + 128 * 4 * KiB, before);
 }
 
-// ---- break-before-make --------------------------------------------------------------------------------------------------
+// ---- break-before-make ----------------------------------------------------------------------------------------------
 
 struct Broken {
     OpKind kind;
@@ -68,8 +68,8 @@ struct Broken {
     iommu::Break how;
 };
 
-// The owner dies while a leaf of 2 MiB and a table take each other's place; a device is in a section in which it may have found the leaf.
-// True: the successor lets the table be found while it is.
+// The owner dies while a leaf of 2 MiB and a table take each other's place; a device is in a section in which it may
+// have found the leaf. True: the successor lets the table be found while it is.
 bool table_appears_too_early(const Broken &broken)
 {
     Rig rig({.format = iommu::SmmuV3S2::id, .how = broken.how, .memory = 8 * MiB});
@@ -117,10 +117,10 @@ TEST(SuccessorOfABreak, LinksNoTableWhereALeafMayBeCached)
     }
 }
 
-// ---- unmaps that are done again -------------------------------------------------------------------------------------------
+// ---- unmaps that are done again -------------------------------------------------------------------------------------
 
-// An unmap has taken leaves out and its owner dies. Its command has a part in another slice, which comes first, so the syncs that were
-// under way find room for their markers before it goes on. Is its marker there when it is over?
+// An unmap has taken leaves out and its owner dies. Its command has a part in another slice, which comes first, so the
+// syncs that were under way find room for their markers before it goes on. Is its marker there when it is over?
 bool marker_is_there()
 {
     Rig rig({.leaf_lg2_max = 12, .space = DR_SPACE_IOVA, .capacity = 8});
@@ -158,8 +158,8 @@ TEST(SuccessorOfAnUnmap, HasASlotForItsMarker)
     EXPECT_FALSE(marker_is_there());
 }
 
-// The owner dies with some replicas of a leaf taken out; when the unmap is done again the leaf is dirty, and there is no room. True: the VMM is
-// told that it is mapped, and it is.
+// The owner dies with some replicas of a leaf taken out; when the unmap is done again the leaf is dirty, and there is
+// no room. True: the VMM is told that it is mapped, and it is.
 bool leaf_is_whole_again()
 {
     Rig rig({.all_sizes = true, .capacity = 8});
@@ -193,8 +193,8 @@ TEST(SuccessorOfAnUnmap, PutsBackReplicasOfALeafThatStays)
     EXPECT_FALSE(leaf_is_whole_again());
 }
 
-// The owner dies when an unmap of two maps has forgotten the first; done again it finds no room for the second, which is dirty. How far it
-// says that it came.
+// The owner dies when an unmap of two maps has forgotten the first; done again it finds no room for the second, which
+// is dirty. How far it says that it came.
 std::uint64_t reached_without_room()
 {
     Rig rig({.leaf_lg2_max = 12, .visit = {.leaves = 64}, .capacity = 8});
@@ -225,7 +225,8 @@ TEST(SuccessorOfAnUnmap, CountsWhatItsPredecessorHasForgotten)
     EXPECT_EQ(reached_without_room(), 0u);
 }
 
-// Two unmaps; the owner dies in the first, and the second is there before the first is done again. Does the first say the truth?
+// Two unmaps; the owner dies in the first, and the second is there before the first is done again. Does the first say
+// the truth?
 bool first_unmap_is_right()
 {
     Rig rig({.leaf_lg2_max = 12, .space = DR_SPACE_IOVA, .capacity = 8});
@@ -259,7 +260,8 @@ TEST(SuccessorOfAnUnmap, LetsNoOtherTakeItsSlot)
     EXPECT_FALSE(first_unmap_is_right());
 }
 
-// It began while nothing was tracked and has taken leaves out when the owner dies; an ENABLE goes first. Is what it calls mapped mapped?
+// It began while nothing was tracked and has taken leaves out when the owner dies; an ENABLE goes first. Is what it
+// calls mapped mapped?
 bool what_stays_is_mapped()
 {
     Rig rig({.leaf_lg2_max = 12, .space = DR_SPACE_IOVA});
@@ -288,8 +290,8 @@ TEST(SuccessorOfAnUnmap, EndsBeforeReportingBehindWhatIsOut)
     EXPECT_FALSE(what_stays_is_mapped());
 }
 
-// The owner dies in the middle of a map, and the next one when it was to be rolled back, as Commands does. Another map comes in its
-// place. What is wrong then: translations of what failed, and pages lost.
+// The owner dies in the middle of a map, and the next one when it was to be rolled back, as Commands does. Another map
+// comes in its place. What is wrong then: translations of what failed, and pages lost.
 std::uint64_t left_of_a_map_that_fails()
 {
     Rig rig({.leaf_lg2_max = 12});
@@ -387,8 +389,8 @@ TEST(SuccessorOfAMap, ThatFailsLeavesItToTheNext)
     EXPECT_FALSE(becomes_whole());
 }
 
-// All leaves are to be small, and those of a table that is being made for an earlier command are not: the owner dies before the record says
-// so. Pages that are lost.
+// All leaves are to be small, and those of a table that is being made for an earlier command are not: the owner dies
+// before the record says so. Pages that are lost.
 std::uint64_t lost_in_larger_leaves()
 {
     Rig rig({.all_sizes = true, .split = DR_SPLIT_EAGER, .visit = {.lines = 64}});
@@ -416,7 +418,7 @@ TEST(SuccessorOfASplit, KnowsTheSizesOfLeaves)
     EXPECT_GT(lost_in_larger_leaves(), 0u);
 }
 
-// ---- the background -----------------------------------------------------------------------------------------------------
+// ---- the background -------------------------------------------------------------------------------------------------
 
 unsigned leaf_after_disable()
 {

@@ -37,7 +37,7 @@ ino_t inode(const std::string &path)
     return status.st_ino;
 }
 
-// ---- the worker's side ------------------------------------------------------------------------------------------------
+// ---- the worker's side ----------------------------------------------------------------------------------------------
 
 class FdStoreTest : public testing::Test
 {
@@ -115,7 +115,7 @@ TEST_F(FdStoreTest, WithoutAKeeperNothingIsKeptAndNothingFails)
     EXPECT_FALSE(store.take("a"));
 }
 
-// ---- the keeper's side ------------------------------------------------------------------------------------------------
+// ---- the keeper's side ----------------------------------------------------------------------------------------------
 
 // Does something at each line.
 class Listening : public spdlog::sinks::base_sink<spdlog::details::null_mutex>
@@ -165,7 +165,7 @@ TEST(FdKeeper, IsNotKeptBusyByAStranger)
     spdlog::set_default_logger(logger);
 }
 
-// ---- the supervisor, with workers that do as they are told ----------------------------------------------------------------
+// ---- the supervisor, with workers that do as they are told ----------------------------------------------------------
 
 // One worker, from its birth to its death.
 class Life
@@ -403,7 +403,7 @@ TEST(Supervisor, OddMessagesDoNoHarm)
     EXPECT_EQ(supervised.next_worker().ask("names"), "same=raw same=raw stored=raw stored=raw stored=raw ");
 }
 
-// ---- deaths -----------------------------------------------------------------------------------------------------------
+// ---- deaths ---------------------------------------------------------------------------------------------------------
 
 TEST(Supervisor, GivesUpAfterTenEarlyDeathsInARow)
 {
@@ -553,7 +553,7 @@ TEST(Supervisor, IsReadyForItsOwnSupervisorOnce)
     EXPECT_EQ(above.next(), "STOPPING=1");
 }
 
-// ---- dirtyringd --supervise ----------------------------------------------------------------------------------------------
+// ---- dirtyringd --supervise -----------------------------------------------------------------------------------------
 
 std::optional<pid_t> worker_of(const Process &supervisor)
 {
@@ -676,7 +676,7 @@ TEST(SupervisedService, WrongUsageExitsWith2)
     }
 }
 
-// ---- dirtyringd under systemd, which is this test -----------------------------------------------------------------------------
+// ---- dirtyringd under systemd, which is this test -------------------------------------------------------------------
 
 // What systemd does between fork and exec.
 std::function<void()> hands_over(const Fd &fd, const std::string &name, const std::string &notify_socket)

@@ -25,7 +25,8 @@ inline std::size_t count(const std::string &text, const std::string &word)
     return n;
 }
 
-// For the environment of a dirtyringd_faulty: the rule is broken; it dies at the point, once, and then that file is there.
+// For the environment of a dirtyringd_faulty: the rule is broken; it dies at the point, once, and then that file is
+// there.
 inline void break_rule(Fault fault)
 {
     ::setenv("DIRTYRING_FAULT", std::to_string(static_cast<int>(fault)).c_str(), 1);

@@ -1,4 +1,5 @@
-// supervised_worker SOCKET: a worker that does what a test tells it over the socket, one packet at a time, and answers each.
+// supervised_worker SOCKET: a worker that does what a test tells it over the socket, one packet at a time, and answers
+// each.
 #include "service/keeper/fd_store.hpp"
 
 #include <csignal>

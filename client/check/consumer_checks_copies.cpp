@@ -9,7 +9,8 @@
 namespace dirtyring::check {
 namespace {
 
-// Which pages of the program's memory it reads: what is punched out of a memfd is there again once somebody has touched it.
+// Which pages of the program's memory it reads: what is punched out of a memfd is there again once somebody has touched
+// it.
 class Touches
 {
   public:

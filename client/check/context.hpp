@@ -1,4 +1,5 @@
-// What each check works with: where its verdicts go, how to reach the program that is checked, and how long it may take.
+// What each check works with: where its verdicts go, how to reach the program that is checked, and how long it may
+// take.
 #pragma once
 
 #include "client/check/verdicts.hpp"
@@ -26,7 +27,8 @@ struct Gone : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Of a check as a whole. A wait that begins just before it still has half of it to itself, so that only a hang counts as one.
+// Of a check as a whole. A wait that begins just before it still has half of it to itself, so that only a hang counts
+// as one.
 class Deadline
 {
   public:

@@ -129,7 +129,7 @@ void Device::ring_doorbell() const
         ::eventfd_write(fds[3 + shard].get(), 1);
 }
 
-// ---- in another process ----------------------------------------------------------------------------------------------
+// ---- in another process ---------------------------------------------------------------------------------------------
 
 DeviceProcess::DeviceProcess(Context &context, const TrackedGuest &guest, const Deed &deed, std::uint32_t pins)
     : context_(context)
@@ -194,7 +194,7 @@ void DeviceProcess::kill()
     ::waitpid(std::exchange(pid_, -1), nullptr, 0);
 }
 
-// ---- the bystander ---------------------------------------------------------------------------------------------------
+// ---- the bystander --------------------------------------------------------------------------------------------------
 
 void Bystander::expect_undisturbed(const std::string &by)
 {

@@ -1,5 +1,5 @@
-// A device of the kit's own: one DMA thread on the real engine of iommu/, and hands on its tables and cell for what an engine
-// would not do.
+// A device of the kit's own: one DMA thread on the real engine of iommu/, and hands on its tables and cell for what an
+// engine would not do.
 #pragma once
 
 #include "client/check/guest.hpp"

@@ -8,8 +8,8 @@ using iommu::AmdV1;
 
 constexpr std::uint64_t enough = 40; // sections, after which it has done what it does with such a table
 
-// One leaf of 64 regions, whose generations are numbered so that what was cached in one has, after a sweep, the tag of the
-// region below it.
+// One leaf of 64 regions, whose generations are numbered so that what was cached in one has, after a sweep, the tag of
+// the region below it.
 void large_leaf(Stage &s)
 {
     Watch::need_sound(s);

@@ -8,7 +8,7 @@
 
 namespace dirtyring::check {
 
-// ---- the command ring ------------------------------------------------------------------------------------------------
+// ---- the command ring -----------------------------------------------------------------------------------------------
 
 Guest::Guest(Context &context, std::uint32_t command_entries)
     : Peer(context), created(new_guest(command_entries)), capacity_(command_entries)
@@ -95,7 +95,7 @@ void Guest::expect(Rule rule, const dr_command &command, int result, const std::
     context_.expect(got == result, rule, what, fmt::format("completed with {}", text(got)), text(result));
 }
 
-// ---- commands --------------------------------------------------------------------------------------------------------
+// ---- commands -------------------------------------------------------------------------------------------------------
 
 dr_command command(dr_opcode opcode, std::uint32_t object)
 {
@@ -134,7 +134,7 @@ dr_command sync_command(std::uint32_t hwpt, std::uint64_t cookie)
     return c;
 }
 
-// ---- objects ---------------------------------------------------------------------------------------------------------
+// ---- objects --------------------------------------------------------------------------------------------------------
 
 void Guest::add_memory(std::uint64_t oa, std::uint64_t length, const Fd &fd)
 {

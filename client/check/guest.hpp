@@ -1,5 +1,5 @@
-// A guest of the kit's own: a front-end with its command ring, and the consumer of its dirty rings. What comes through the rings is
-// held to their rules.
+// A guest of the kit's own: a front-end with its command ring, and the consumer of its dirty rings. What comes through
+// the rings is held to their rules.
 #pragma once
 
 #include "client/check/peer.hpp"

@@ -120,7 +120,7 @@ std::string PlayedService::last_request() const
     return last_ == 0 ? "it sent no request" : fmt::format("its last request was {}", request_name(last_));
 }
 
-// ---- messages --------------------------------------------------------------------------------------------------------
+// ---- messages -------------------------------------------------------------------------------------------------------
 
 // Reads until the message has `upto` bytes, as far as they have come.
 bool PlayedService::read(Connection &c, std::size_t upto)
@@ -271,7 +271,7 @@ bool PlayedService::reply(Connection &c, dr_message_header header, Answer answer
     return ::sendmsg(c.socket.get(), &message, MSG_NOSIGNAL) == static_cast<ssize_t>(bytes.size());
 }
 
-// ---- situations ------------------------------------------------------------------------------------------------------
+// ---- situations -----------------------------------------------------------------------------------------------------
 
 void play(const Situation &situation, Verdicts &verdicts, const std::string &command,
           std::chrono::milliseconds patience)

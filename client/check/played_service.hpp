@@ -1,5 +1,5 @@
-// The kit as the service: listens, starts the program under test, and answers its requests, which are held to the rules of
-// messages.
+// The kit as the service: listens, starts the program under test, and answers its requests, which are held to the rules
+// of messages.
 //
 // One thread: serve() does what is to be done now, and whoever waits calls it over and over.
 #pragma once
@@ -39,8 +39,8 @@ std::span<const Situation> device_pin_situations();
 void check_consumer(Verdicts &verdicts, const std::string &command, std::chrono::milliseconds patience);
 void check_device(Verdicts &verdicts, const std::string &command, std::chrono::milliseconds patience);
 
-// All of them, to a consumer or a device. `command`: the program under test; {socket} in it becomes the path on which the kit
-// listens, and for a device {token} and {hwpt} what it attaches with. `patience` is for each situation. Throws
+// All of them, to a consumer or a device. `command`: the program under test; {socket} in it becomes the path on which
+// the kit listens, and for a device {token} and {hwpt} what it attaches with. `patience` is for each situation. Throws
 // migrate::Failure where the program cannot be started.
 Verdicts check_program(Role role, const std::string &command, std::chrono::milliseconds patience);
 

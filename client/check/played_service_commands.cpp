@@ -19,8 +19,8 @@ void PlayedGuest::work()
         take_commands();
 }
 
-// Either for a submission that reached `armed`, or for the release of a completion: never both, so that it is known what a kick
-// is for.
+// Either for a submission that reached `armed`, or for the release of a completion: never both, so that it is known
+// what a kick is for.
 void PlayedGuest::check_kick()
 {
     // One that was missed tells enough; a program that never kicks gets on, for we look by ourselves.

@@ -19,7 +19,7 @@ void make_header(dr_ring_producer *region, dr_ring_kind kind, std::uint64_t capa
 
 } // namespace
 
-// ---- a ring ----------------------------------------------------------------------------------------------------------
+// ---- a ring ---------------------------------------------------------------------------------------------------------
 
 PlayedRing::PlayedRing(const dr_hwpt_alloc &hwpt, std::uint32_t shard, const Distort &distort)
 {
@@ -76,7 +76,7 @@ std::vector<Fd> PlayedRing::descriptors() const
     return fds;
 }
 
-// ---- requests --------------------------------------------------------------------------------------------------------
+// ---- requests -------------------------------------------------------------------------------------------------------
 
 PlayedGuest::PlayedGuest(Stage &stage) : PlayedService(stage) {}
 
@@ -191,7 +191,7 @@ Answer PlayedGuest::destroy(std::uint32_t id)
     return answer_of(dr_empty{});
 }
 
-// ---- what the program has set up -------------------------------------------------------------------------------------
+// ---- what the program has set up ------------------------------------------------------------------------------------
 
 void PlayedGuest::start_and_wait()
 {

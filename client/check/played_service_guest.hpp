@@ -70,8 +70,8 @@ class PlayedGuest : public PlayedService
     bool hold_epochs = false;            // the markers of unmaps are
     std::function<void()> before_enable; // may hold the program still until it has completed
 
-    // Starts the program and waits until it has an hwpt that is tracked and all of whose rings it has got. The check ends
-    // without.
+    // Starts the program and waits until it has an hwpt that is tracked and all of whose rings it has got. The check
+    // ends without.
     void start_and_wait();
     // Of that hwpt.
     [[nodiscard]] std::deque<PlayedRing> &rings() { return *rings_; }
@@ -82,8 +82,8 @@ class PlayedGuest : public PlayedService
     Entries runs(std::uint64_t n);
     // Publishes when the program is asleep, if it ever is: what comes before is for whoever looks at that.
     void feed(PlayedRing &ring, const Entries &entries);
-    // Serves until all that was published in the ring is released; the rule is broken if that does not come, or C-6 if the
-    // program sleeps and was not called. The check ends if the program has ended, or sleeps until more has come.
+    // Serves until all that was published in the ring is released; the rule is broken if that does not come, or C-6 if
+    // the program sleeps and was not called. The check ends if the program has ended, or sleeps until more has come.
     void need_released(PlayedRing &ring, const std::string &what, Rule rule = "C-4");
     // Feeds the fed ring until it comes true, but not for ever. False: it did not.
     bool fed_until(const std::function<bool()> &condition);

@@ -61,7 +61,7 @@ void PlayedHwpt::build(Leaves leaves)
     }
 }
 
-// ---- requests --------------------------------------------------------------------------------------------------------
+// ---- requests -------------------------------------------------------------------------------------------------------
 
 Answer PlayedHwpt::answer(Request &request)
 {
@@ -118,7 +118,7 @@ void PlayedHwpt::start_and_attach()
         throw Broken(fmt::format("the program did not attach; {}; {}", last_request(), subject.state()));
 }
 
-// ---- what is shared --------------------------------------------------------------------------------------------------
+// ---- what is shared -------------------------------------------------------------------------------------------------
 
 dr_shard_control &PlayedHwpt::control(unsigned shard) const
 {
@@ -229,7 +229,7 @@ bool PlayedHwpt::pinned(std::uint64_t page_number) const
     });
 }
 
-// ---- as the service does ---------------------------------------------------------------------------------------------
+// ---- as the service does --------------------------------------------------------------------------------------------
 
 void PlayedHwpt::clean() const
 {
@@ -276,7 +276,7 @@ void PlayedHwpt::sweep()
     remember(changed());
 }
 
-// ---- what the program does -------------------------------------------------------------------------------------------
+// ---- what the program does ------------------------------------------------------------------------------------------
 
 void PlayedHwpt::burst(std::chrono::microseconds time)
 {

@@ -1,4 +1,5 @@
-// The service as a device sees it: page tables, generations, cells, the guest's memory, of which no change is overlooked.
+// The service as a device sees it: page tables, generations, cells, the guest's memory, of which no change is
+// overlooked.
 #pragma once
 
 #include "client/check/played_service.hpp"

@@ -176,7 +176,8 @@ void epochs(Context &c)
              fmt::format("epoch {}, {} epoch marker", none.epoch, marked ? "an" : "no"), "0 and none");
 }
 
-// ENABLE overtakes an UNMAP that waits for a pin: in its only slice, then in its second one, when the first is out already.
+// ENABLE overtakes an UNMAP that waits for a pin: in its only slice, then in its second one, when the first is out
+// already.
 void overtaken(Context &c)
 {
     TrackedGuest guest(c, [](auto &r) { r.shards = 2; });

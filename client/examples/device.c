@@ -1,7 +1,7 @@
 /* device SOCKET TOKEN HWPT [PAGES_PER_SECOND [SECONDS]]: an emulated device that writes to its guest's memory by DMA.
  *
- * SOCKET is the service's, TOKEN (32 hex digits) and HWPT are what vmm.c prints. Writes at random IOVAs below 64 MiB until
- * the time (10 s) is up or the service lets go of it.
+ * SOCKET is the service's, TOKEN (32 hex digits) and HWPT are what vmm.c prints. Writes at random IOVAs below 64 MiB
+ * until the time (10 s) is up or the service lets go of it.
  */
 #define _GNU_SOURCE
 #include "client/dirtyring_device.h"

@@ -1,7 +1,8 @@
-/* file_reader SOCKET TOKEN HWPT IOVA FILE [DEPTH]: an emulated disk: reads FILE by io_uring straight into its guest's memory.
+/* file_reader SOCKET TOKEN HWPT IOVA FILE [DEPTH]: an emulated disk: reads FILE by io_uring straight into its guest's
+ * memory.
  *
- * SOCKET is the service's, TOKEN (32 hex digits) and HWPT are what vmm.c prints. FILE goes to IOVA, with up to DEPTH (64, at most
- * 1024) reads in flight. What is in flight is pinned: pin, read into the pieces, unpin, tell the guest.
+ * SOCKET is the service's, TOKEN (32 hex digits) and HWPT are what vmm.c prints. FILE goes to IOVA, with up to DEPTH
+ * (64, at most 1024) reads in flight. What is in flight is pinned: pin, read into the pieces, unpin, tell the guest.
  */
 #define _GNU_SOURCE
 #include "client/dirtyring_device.h"

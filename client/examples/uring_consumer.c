@@ -1,4 +1,5 @@
-/* uring_consumer SOCKET [REPORTS]: a VMM whose event loop is io_uring: it waits for its dirty ring as it does for all else.
+/* uring_consumer SOCKET [REPORTS]: a VMM whose event loop is io_uring: it waits for its dirty ring as it does for all
+ * else.
  *
  * Prints `token <hex> hwpt <id>` for device.c, and ends when REPORTS runs (100) have come.
  */

@@ -1,7 +1,8 @@
-/* vmm SOCKET [REPORTS]: a VMM that tracks what devices write to its guest's memory, and copies it, as a migration would.
+/* vmm SOCKET [REPORTS]: a VMM that tracks what devices write to its guest's memory, and copies it, as a migration
+ * would.
  *
- * Prints `token <hex> hwpt <id>`, with which a device (device.c) can attach; copies until REPORTS runs (100) have come, then
- * syncs, and ends when everything written before the sync has been copied.
+ * Prints `token <hex> hwpt <id>`, with which a device (device.c) can attach; copies until REPORTS runs (100) have come,
+ * then syncs, and ends when everything written before the sync has been copied.
  */
 #define _GNU_SOURCE
 #include "client/dirtyring.h"
@@ -29,7 +30,8 @@ static int fail(const char *what, const char *why)
     return 1;
 }
 
-/* Copies what one entry names. The rings are made in OA space, so addresses are guest-physical: offsets into our memory. */
+/* Copies what one entry names. The rings are made in OA space, so addresses are guest-physical: offsets into our
+ * memory. */
 static int copy(struct migration *m, uint64_t entry)
 {
     uint64_t at = dr_run_address(entry);

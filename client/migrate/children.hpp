@@ -25,7 +25,8 @@ class Children
     // Forks a part of the migration. What body throws is the part's failure. Only while the parent has one thread.
     void start(const std::string &name, const std::function<void()> &body);
 
-    // Forks and executes a program that is to run until end(): its pid. What it writes to stderr is kept for its epitaph.
+    // Forks and executes a program that is to run until end(): its pid. What it writes to stderr is kept for its
+    // epitaph.
     pid_t start_program(const std::string &path, std::vector<std::string> arguments);
 
     // Waits up to `timeout_ms` for something to happen. Throws Failure when a child failed or a signal asks to stop.

@@ -57,8 +57,8 @@ struct Control {
     // The same for `running`: when time 0 of the devices' load was, CLOCK_MONOTONIC.
     std::uint64_t start_ns;
 
-    // With --kill-service: when a worker was last killed, stored once it is dead (release), when the source had the first run of
-    // its successor, and when it had the last run of all. CLOCK_MONOTONIC; 0: not yet.
+    // With --kill-service: when a worker was last killed, stored once it is dead (release), when the source had the
+    // first run of its successor, and when it had the last run of all. CLOCK_MONOTONIC; 0: not yet.
     std::atomic<std::uint64_t> killed_ns;
     std::atomic<std::uint64_t> back_ns;
     std::atomic<std::uint64_t> reported_ns;

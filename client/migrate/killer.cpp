@@ -18,8 +18,8 @@ constexpr std::uint64_t ms_ns = 1'000'000;
 constexpr std::uint64_t settled_ns = 25 * ms_ns; // the supervisor takes who dies sooner after it was ready for hopeless
 constexpr std::uint64_t rest_ns = 10 * ms_ns;    // after which a pause of the devices is taken for one
 
-// A pidfd, empty when there is none, as there may be between two workers. Whom it names was the supervisor's child all the time, and no
-// stranger who got the pid.
+// A pidfd, empty when there is none, as there may be between two workers. Whom it names was the supervisor's child all
+// the time, and no stranger who got the pid.
 ring::Fd worker_of(pid_t supervisor)
 {
     const pid_t pid = newest_child(supervisor);
@@ -33,8 +33,8 @@ bool dies_within(const ring::Fd &process, int timeout_ms)
     return ::poll(&end, 1, timeout_ms) > 0;
 }
 
-// Never before the worker has reported something: one after the other that dies before would keep the guest waiting for good. And
-// never while the devices rest, which would look as if the service were away for long.
+// Never before the worker has reported something: one after the other that dies before would keep the guest waiting for
+// good. And never while the devices rest, which would look as if the service were away for long.
 bool due(const Control &control, std::uint64_t interval_ns)
 {
     if (phase(control) < Phase::running || now_ns() > control.reported_ns.load(std::memory_order_relaxed) + rest_ns)

@@ -1,5 +1,5 @@
-// --kill-service: a process that kills the service's worker again and again, by SIGKILL. The supervisor starts another one each
-// time, and nobody else may notice more than a pause.
+// --kill-service: a process that kills the service's worker again and again, by SIGKILL. The supervisor starts another
+// one each time, and nobody else may notice more than a pause.
 #pragma once
 
 #include "client/migrate/shared.hpp"

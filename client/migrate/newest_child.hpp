@@ -7,8 +7,8 @@
 
 namespace dirtyring::migrate {
 
-// Of the parent's first thread; 0: none. The kernel lists children from the oldest to the newest, dead ones that are not reaped among
-// them.
+// Of the parent's first thread; 0: none. The kernel lists children from the oldest to the newest, dead ones that are
+// not reaped among them.
 inline pid_t newest_child(pid_t parent)
 {
     const std::string pid = std::to_string(parent);

@@ -75,8 +75,8 @@ void Reports::run(std::uint32_t shard, std::uint64_t entry, std::uint64_t tick)
     });
     if (whole)
         return;
-    // A run that its worker had no time to note as published comes again, perhaps behind the marker of an unmap. It was reported
-    // when it came first; were it lost, the judges would find it.
+    // A run that its worker had no time to note as published comes again, perhaps behind the marker of an unmap. It was
+    // reported when it came first; were it lost, the judges would find it.
     if (shared_.options.kill_service_ms == 0)
         throw Failure(
             fmt::format("the service reported {} bytes at iova {:#x}, where nothing was mapped", length, address));

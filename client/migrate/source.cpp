@@ -212,8 +212,8 @@ class Source
         shared_.ring_devices();
     }
 
-    // Reads the rings and sends what is queued until done(); sleeps, to the deadline at most, when there is neither anything to
-    // read nor to send.
+    // Reads the rings and sends what is queued until done(); sleeps, to the deadline at most, when there is neither
+    // anything to read nor to send.
     template <class Done> void copy_until(Done done, std::uint64_t deadline_ns = never)
     {
         for (;;) {

@@ -1,23 +1,28 @@
-// What a guest's home walker must know again after its process has died: which commands it has taken, and how far each has come. Kept
-// in memory that outlives the process and that no peer sees.
+// What a guest's home walker must know again after its process has died: which commands it has taken, and how far each
+// has come. Kept in memory that outlives the process and that no peer sees.
 //
 //   free ──► taken ──► begun ───────────────────► done ──► free
 //              │         └──► rolling_back ────────▲
 //              └───────────────────────────────────┘ refused, or nothing to do
 //
-// A killed process leaves what it had stored so far, thread by thread in the order of its releases: so each step is one store, and
-// what a step needs is stored before.
+// A killed process leaves what it had stored so far, thread by thread in the order of its releases: so each step is one
+// store, and what a step needs is stored before.
 //
 //   step                                     a death behind it, and before the next, leaves
-//   J1  the record; state taken              the command in its record and in the ring: the tail goes behind it at the restart
+//   J1  the record; state taken              the command in its record and in the ring: the tail goes behind it at the
+//                                            restart
 //   J2  submissions: tail                    a command of which nothing is done: it is tried as if it were new
-//   J3  its epoch; state begun               any part of it done or not: all of it is done again, and shards find what is done
+//   J3  its epoch; state begun               any part of it done or not: all of it is done again, and shards find what
+//                                            is done
 //   J4  the error; state rolling_back        a map with some parts taken out, some not: all are taken out, again
-//   J5  completion, completed_at; state done a completion that nobody has seen, as head is not beyond completed_at: put again
-//   J6  completions: slot, staged, head      one that may have been seen, as head is beyond completed_at: it is not put again
+//   J5  completion, completed_at; state done a completion that nobody has seen, as head is not beyond completed_at: put
+//                                            again
+//   J6  completions: slot, staged, head      one that may have been seen, as head is beyond completed_at: it is not put
+//                                            again
 //   J7  state free                           nothing
 //
-// What makes no sense (only a bug of ours could write it) completes with -EIO: nobody knows what was done, and nobody shall wait for it.
+// What makes no sense (only a bug of ours could write it) completes with -EIO: nobody knows what was done, and nobody
+// shall wait for it.
 //
 // One thread: the home walker's.
 #pragma once
@@ -66,8 +71,8 @@ static_assert(sizeof(CommandRecord) == 136, "a later worker reads it");
 class CommandJournal
 {
   public:
-    // `records`: one for each entry of the command ring; zeroes, or what a worker before has left, together with `tail` of the submissions
-    // and `head` of the completions.
+    // `records`: one for each entry of the command ring; zeroes, or what a worker before has left, together with `tail`
+    // of the submissions and `head` of the completions.
     CommandJournal(std::span<CommandRecord> records, std::uint64_t tail, std::uint64_t head)
         : capacity_(records.size()), tail_(tail)
     {
@@ -88,7 +93,8 @@ class CommandJournal
         });
     }
 
-    // What a worker before has not ended: first the done, as they were to be completed, then the others, as they were submitted.
+    // What a worker before has not ended: first the done, as they were to be completed, then the others, as they were
+    // submitted.
     [[nodiscard]] const std::vector<CommandRecord *> &left() const { return left_; }
     // Of the submissions: behind all that were taken.
     [[nodiscard]] std::uint64_t tail() const { return tail_; }

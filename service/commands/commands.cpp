@@ -18,8 +18,8 @@ bool goes_alone(std::uint32_t opcode)
     return opcode == DR_OP_ENABLE || opcode == DR_OP_DISABLE;
 }
 
-// Must one of them wait for the other? Syncs and resizes go side by side; a change of tracking goes alone, for it would take away what
-// a sync has yet to find.
+// Must one of them wait for the other? Syncs and resizes go side by side; a change of tracking goes alone, for it would
+// take away what a sync has yet to find.
 bool meet(const dr_command &a, std::uint64_t a_end, const dr_command &b, std::uint64_t b_end)
 {
     if (a.object != b.object || is_range(a.opcode) != is_range(b.opcode))
@@ -183,7 +183,7 @@ bool Commands::enabled(std::uint32_t hwpt, const HwptRoute &route) const
            });
 }
 
-// ---- checks ------------------------------------------------------------------------------------------------------------
+// ---- checks ---------------------------------------------------------------------------------------------------------
 
 int Commands::start(CommandRecord &record)
 {
@@ -323,7 +323,7 @@ int Commands::start_on_hwpt(CommandRecord &record)
     return 0;
 }
 
-// ---- flight -------------------------------------------------------------------------------------------------------------
+// ---- flight ---------------------------------------------------------------------------------------------------------
 
 Commands::Command &Commands::begin(CommandRecord &record, std::uint64_t end, std::uint64_t epoch)
 {

@@ -1,14 +1,17 @@
 // One guest's command ring, polled by the guest's home walker.
 //
-// Checks each command against the guest's own record of its maps, hands its parts to the shards concerned, which other walkers may
-// own, and completes it when the last part is back. Everything runs on the home walker's thread, but for Part::done.
+// Checks each command against the guest's own record of its maps, hands its parts to the shards concerned, which other
+// walkers may own, and completes it when the last part is back. Everything runs on the home walker's thread, but for
+// Part::done.
 //
-// Commands on overlapping IOVAs, and changes of one hwpt's tracking, take effect in order: a command that meets one before it waits;
-// those behind it go on.
+// Commands on overlapping IOVAs, and changes of one hwpt's tracking, take effect in order: a command that meets one
+// before it waits; those behind it go on.
 //
-// How far each command has come is in the journal, so that a worker that takes over after a restart loses none and does none twice:
+// How far each command has come is in the journal, so that a worker that takes over after a restart loses none and does
+// none twice:
 //
-//   Commands(config with restarted) → add_memory, add_ioas, add_hwpt, restore_extents, admit, in this order → restored() → adopt
+//   Commands(config with restarted) → add_memory, add_ioas, add_hwpt, restore_extents, admit, in this order →
+//   restored() → adopt
 #pragma once
 
 #include "iommu/extent_map.hpp"
@@ -94,17 +97,17 @@ class Commands final : public Agent
     // Sends no more parts to its shards; those in flight come back.
     void remove_hwpt(std::uint32_t id);
 
-    // A device that cannot be tracked in the hwpt is about to attach: no ENABLE from here on, until it is withdrawn. False: it is
-    // enabled, and the device must stay out.
+    // A device that cannot be tracked in the hwpt is about to attach: no ENABLE from here on, until it is withdrawn.
+    // False: it is enabled, and the device must stay out.
     [[nodiscard]] bool admit(std::uint32_t hwpt, std::uint32_t device);
     void withdraw(std::uint32_t hwpt, std::uint32_t device); // which may be gone by now
     [[nodiscard]] Tracking tracking(std::uint32_t hwpt) const;
 
-    // After a restart, when the ioas has its hwpt and while no shard of it has a walker yet: what the records of its slices say is
-    // mapped. From any thread, as long as nothing else is called.
+    // After a restart, when the ioas has its hwpt and while no shard of it has a walker yet: what the records of its
+    // slices say is mapped. From any thread, as long as nothing else is called.
     void restore_extents(std::uint32_t ioas, std::span<const iommu::SliceRecord> slices);
-    // After a restart, when all objects are there: goes on with what the worker before has left, and calls the VMM, which may have
-    // missed a call. On the home walker's thread; the shards' walkers have them, or will.
+    // After a restart, when all objects are there: goes on with what the worker before has left, and calls the VMM,
+    // which may have missed a call. On the home walker's thread; the shards' walkers have them, or will.
     void restored();
 
   private:

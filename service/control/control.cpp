@@ -137,10 +137,10 @@ void Control::on_completion(std::uint64_t user_data, int result, unsigned flags)
     }
 }
 
-// ---- connections ----------------------------------------------------------------------------------------------------------
+// ---- connections ----------------------------------------------------------------------------------------------------
 
-// Not an accept in io_uring: that waits exclusively, and the one of a dead predecessor, until the kernel has taken its io_uring apart,
-// is then the only one that is woken.
+// Not an accept in io_uring: that waits exclusively, and the one of a dead predecessor, until the kernel has taken its
+// io_uring apart, is then the only one that is woken.
 void Control::accept_next()
 {
     io_uring_sqe *entry = uring_.sqe(0);
@@ -195,7 +195,7 @@ void Control::close(Connection &c)
         running_ = false; // started with --fd for this one
 }
 
-// ---- messages -------------------------------------------------------------------------------------------------------------
+// ---- messages -------------------------------------------------------------------------------------------------------
 
 void Control::receive(Connection &c)
 {
@@ -318,7 +318,7 @@ void Control::on_sent(Connection &c, int result)
         receive(c);
 }
 
-// ---- errands ----------------------------------------------------------------------------------------------------------------
+// ---- errands --------------------------------------------------------------------------------------------------------
 
 void Control::ask(std::vector<Work> works, Then then)
 {

@@ -1,7 +1,8 @@
-// The control plane: one thread, one io_uring loop. Accepts connections, reads requests, answers them; watches devices' processes.
+// The control plane: one thread, one io_uring loop. Accepts connections, reads requests, answers them; watches devices'
+// processes.
 //
-// What walkers must know is done on their threads by errands, and the reply waits for them. A connection has one request at a time
-// and one operation in the ring at a time, so it can be freed in any completion.
+// What walkers must know is done on their threads by errands, and the reply waits for them. A connection has one
+// request at a time and one operation in the ring at a time, so it can be freed in any completion.
 //
 // What must outlive this process is in guests' records and in the store: see guest.hpp.
 #pragma once
@@ -53,11 +54,12 @@ class Control
     Control(std::vector<Walker *> walkers, ring::Fd socket, FdStore &store);
     ~Control();
 
-    // First: takes up the guests that a service before this one has left in the store. The error is a sentence: another one has them.
+    // First: takes up the guests that a service before this one has left in the store. The error is a sentence: another
+    // one has them.
     tl::expected<void, std::string> restore();
 
-    // Until SIGTERM or SIGINT, which the caller has blocked; then the walkers must be stopped before this is destroyed. Calls ready()
-    // once peers are served.
+    // Until SIGTERM or SIGINT, which the caller has blocked; then the walkers must be stopped before this is destroyed.
+    // Calls ready() once peers are served.
     void run(const std::function<void()> &ready);
 
   private:

@@ -110,8 +110,8 @@ void Control::admit_or_attach(Connection &c, const dr_device_attach &request, st
            std::move(*process));
 }
 
-// An ENABLE may be on its way, so the home walker decides; and before the device has its slot, as a restart that finds one asks nobody.
-// Meanwhile anything may happen to the guest, so all is looked at again.
+// An ENABLE may be on its way, so the home walker decides; and before the device has its slot, as a restart that finds
+// one asks nobody. Meanwhile anything may happen to the guest, so all is looked at again.
 void Control::admit(Connection &c, const std::shared_ptr<Guest> &guest, const dr_device_attach &request,
                     std::uint32_t device)
 {
@@ -235,7 +235,7 @@ void Control::device_detach(Connection &c)
     spdlog::info("connection {}: device {} detached", c.id, c.device);
 }
 
-// ---- ends --------------------------------------------------------------------------------------------------------------------
+// ---- ends -----------------------------------------------------------------------------------------------------------
 
 void Control::watch(const ring::Fd &pidfd, const Token &guest, std::uint32_t device)
 {

@@ -130,7 +130,8 @@ void Control::take_over(Connection &c, const std::shared_ptr<Guest> &guest, cons
     spdlog::info("connection {}: guest {} is taken over", c.id, record.number);
 }
 
-// Its predecessor may have died between a store that asks for a kick and the kick: whatever of the guest sleeps looks at its rings.
+// Its predecessor may have died between a store that asks for a kick and the kick: whatever of the guest sleeps looks
+// at its rings.
 std::vector<Control::Work> Control::look_again_at(const Guest &guest)
 {
     std::vector<Work> works;

@@ -1,5 +1,5 @@
-// The memory of tables in pages of 2 MiB: dirt in a large guest would otherwise cost a TLB miss for each table. The kernel waits for all
-// processors before it makes one, so that no walker asks for it.
+// The memory of tables in pages of 2 MiB: dirt in a large guest would otherwise cost a TLB miss for each table. The
+// kernel waits for all processors before it makes one, so that no walker asks for it.
 #include "service/control/control.hpp"
 
 #include <spdlog/spdlog.h>

@@ -35,8 +35,8 @@ template <iommu::Format F> class Batch
     }
     [[nodiscard]] bool empty() const { return !any_; }
 
-    // Adds the leaves that are dirty in these lines to the ring's runs, and touches them. False: there was no room for all; what is left
-    // is still in the masks, what is finished no longer.
+    // Adds the leaves that are dirty in these lines to the ring's runs, and touches them. False: there was no room for
+    // all; what is left is still in the masks, what is finished no longer.
     [[nodiscard]] bool collect(std::span<iommu::Lines> tables, iommu::LinesAhead &ahead, Publisher &ring)
     {
         const std::size_t before = used_;
@@ -105,8 +105,8 @@ template <iommu::Format F> class Batch
         return added.left == 0;
     }
 
-    // The same for entries of other sizes, one by one; all replicas are one leaf. Leaves in the line what is one entry and was added; for
-    // which there was no room.
+    // The same for entries of other sizes, one by one; all replicas are one leaf. Leaves in the line what is one entry
+    // and was added; for which there was no room.
     unsigned add_leaves(const iommu::OpenTable &table, iommu::LineEntries &line, Publisher &ring, bool &full)
     {
         unsigned left = 0;

@@ -1,4 +1,5 @@
-// Which sizes the leaves of a shard have: what its hwpt asks for while dirt is reported, done in the background, and what its VMM asks for.
+// Which sizes the leaves of a shard have: what its hwpt asks for while dirt is reported, done in the background, and
+// what its VMM asks for.
 #pragma once
 
 #include "iommu/invalidation.hpp"

@@ -22,8 +22,8 @@ template <iommu::Format F> class LeafTaker
         bool full = false; // the ring has no room for the next leaf
     };
 
-    // Takes leaves out of [reached, end), at most `budget` or a chunk more, and moves `reached`. `ring`: where what was dirty is
-    // reported; nullptr: nowhere. What was taken out is touched.
+    // Takes leaves out of [reached, end), at most `budget` or a chunk more, and moves `reached`. `ring`: where what was
+    // dirty is reported; nullptr: nowhere. What was taken out is touched.
     Taken take(std::uint64_t &reached, std::uint64_t end, Publisher *ring, unsigned budget)
     {
         Taken taken;
@@ -46,8 +46,9 @@ template <iommu::Format F> class LeafTaker
         return taken;
     }
 
-    // Moves `reached` to the first leaf of [reached, end) that is there, past those that a worker before has taken out; looks at `budget` of
-    // them. A leaf of which some replicas are out is whole again. False: there are more to look at.
+    // Moves `reached` to the first leaf of [reached, end) that is there, past those that a worker before has taken out;
+    // looks at `budget` of them. A leaf of which some replicas are out is whole again. False: there are more to look
+    // at.
     bool skip_taken_out(std::uint64_t &reached, std::uint64_t end, unsigned budget)
     {
         for (auto e = slice_.extents().first_in(reached, end); e; e = slice_.extents().first_in(reached, end)) {

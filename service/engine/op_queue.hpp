@@ -1,5 +1,5 @@
-// The operations of a shard, in their order; but an unmap whose range is pinned waits aside, and the others go on (P1 to P3 of
-// iommu/layout.h).
+// The operations of a shard, in their order; but an unmap whose range is pinned waits aside, and the others go on (P1
+// to P3 of iommu/layout.h).
 #pragma once
 
 #include "iommu/pins.hpp"
@@ -27,7 +27,8 @@ class OpQueue
     void add(const iommu::DmaThreads &threads)
     {
         devices_.push_back(threads);
-        // It can pin as soon as it is attached, and an unmap that has begun without pins in the world has not closed its range.
+        // It can pin as soon as it is attached, and an unmap that has begun without pins in the world has not closed
+        // its range.
         if (in_progress_ && is_unmap(queue_.front()) && !queue_.front().closed)
             close(queue_.front());
     }
@@ -132,7 +133,8 @@ class OpQueue
         unmap.closed = true;
     }
 
-    // Closes the range of the unmap in front and looks for pins that were taken before. It is in front again if there are none.
+    // Closes the range of the unmap in front and looks for pins that were taken before. It is in front again if there
+    // are none.
     void set_aside()
     {
         close(queue_.front());

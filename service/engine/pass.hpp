@@ -1,7 +1,7 @@
 // One pass over the dirty lines of a slice, in as many visits as it takes.
 //
-// What was taken from the summary and not finished stays here, and is visited before anything else, by this pass or the next. Tables are
-// taken ahead in groups, so that memory is busy with the next ones while those at hand are looked at:
+// What was taken from the summary and not finished stays here, and is visited before anything else, by this pass or the
+// next. Tables are taken ahead in groups, so that memory is busy with the next ones while those at hand are looked at:
 //
 //   table bits ─▶ marked_: line words are asked for ─▶ ahead(): words taken, lines are asked for ─▶ at_hand()
 #pragma once
@@ -32,8 +32,8 @@ template <iommu::Format F> class Pass
     // Drops what was taken.
     void abandon() { *this = {}; }
 
-    // The next tables with lines that may hold dirty leaves; each line, and each table, is one unit of the budget. What the caller leaves
-    // in the masks comes again. Nothing: the pass is complete, or the budget is used up.
+    // The next tables with lines that may hold dirty leaves; each line, and each table, is one unit of the budget. What
+    // the caller leaves in the masks comes again. Nothing: the pass is complete, or the budget is used up.
     [[nodiscard]] std::span<iommu::Lines> next(const iommu::Slice<F> &slice, unsigned &budget)
     {
         while (budget > 0) {

@@ -1,4 +1,5 @@
-// A shard's way to its consumer: dirty leaves become runs in the ring; what is staged is published when its grace period is over.
+// A shard's way to its consumer: dirty leaves become runs in the ring; what is staged is published when its grace
+// period is over.
 #pragma once
 
 #include "iommu/extent_map.hpp"
@@ -56,7 +57,8 @@ class Publisher
 
     // ---- runs ----
 
-    // A new visit: what was found before has been staged. Runs go behind what is staged now, so no marker comes between this and stage().
+    // A new visit: what was found before has been staged. Runs go behind what is staged now, so no marker comes between
+    // this and stage().
     void begin() { runs_.emplace(ring_, slots_for_runs()); }
 
     // A leaf. not_mapped: a device has scribbled there; nothing is mapped, so nothing is reported.
@@ -76,7 +78,8 @@ class Publisher
         unsigned left;     // of that line: for these entries
     };
 
-    // The pages of these entries, one after the other, as far as there is room; takes out of the masks what is not mapped.
+    // The pages of these entries, one after the other, as far as there is room; takes out of the masks what is not
+    // mapped.
     AddedPages add_pages(std::span<iommu::LineEntries> lines, iommu::LinesAhead &ahead)
     {
         AddedPages added{false, 0, 0};

@@ -91,8 +91,8 @@ class RunWriter
         std::uint64_t pages;
     };
 
-    // The pages of these lines, up to the first that is not in the window, or that only add() may find room for. Does not branch on which
-    // pages a line has: where dirt is random, each would be mispredicted.
+    // The pages of these lines, up to the first that is not in the window, or that only add() may find room for. Does
+    // not branch on which pages a line has: where dirt is random, each would be mispredicted.
     [[nodiscard]] AddedLines add_lines(std::span<const iommu::LineEntries> lines, const Window &window,
                                        iommu::LinesAhead &ahead)
     {

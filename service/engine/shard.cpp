@@ -32,8 +32,8 @@ constexpr std::uint64_t sweep_at_least_every_ns = 100'000;
 constexpr std::uint64_t resize_every_ns = 100'000;
 // An unmap in an IOVA ring needs a slot for its marker and leaves these for sync and end.
 constexpr std::uint64_t kept_by_unmap = 2;
-// A sync's marker leaves this one there: should the service die, an unmap that has taken leaves out can put its marker even so. Only such an
-// unmap and the end of the ring take the last slot.
+// A sync's marker leaves this one there: should the service die, an unmap that has taken leaves out can put its marker
+// even so. Only such an unmap and the end of the ring take the last slot.
 constexpr std::uint64_t kept_by_sync = 1;
 
 template <iommu::Format F> class ShardOf final : public Shard
@@ -195,7 +195,8 @@ template <iommu::Format F> class ShardOf final : public Shard
     ShardCounters counters() const override { return ring_ ? ring_->counters() : ShardCounters{}; }
 
   private:
-    // marked: a restart does it again, but its marker is there. Its VMM may have read it, and read no more until this is done.
+    // marked: a restart does it again, but its marker is there. Its VMM may have read it, and read no more until this
+    // is done.
     enum class SyncPhase { pins, pass, marker, marked };
     struct Sync {
         ShardOp *op;
@@ -225,8 +226,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         }
         const bool sync = sync_can_go();
         const bool sweep_owed = tracking_ && now_ >= swept_ + sweep_at_least_every_ns;
-        // Others come between two operations, not between two visits of one: an unmap counts on the slot for its marker, a map
-        // on its own advance before the tables it took out are used again.
+        // Others come between two operations, not between two visits of one: an unmap counts on the slot for its
+        // marker, a map on its own advance before the tables it took out are used again.
         const bool others = std::exchange(others_turn_, false) && (sync || sweep_owed);
         const bool op = op_can_go();
         if (op && !others && ops_.next() != nullptr)
@@ -275,9 +276,10 @@ template <iommu::Format F> class ShardOf final : public Shard
 
     // ---- restart -------------------------------------------------------------------------------------------------
     //
-    // The owner before died between any two of its steps. It may have cleared D and not advanced, staged and not published, taken bits
-    // out of the summary, taken leaves out of an unmap, slept. So: advance everything → grace → publish what is staged → call; and
-    // a full scan, before any sync is answered. What it had begun of maps and unmaps comes again as operations.
+    // The owner before died between any two of its steps. It may have cleared D and not advanced, staged and not
+    // published, taken bits out of the summary, taken leaves out of an unmap, slept. So: advance everything → grace →
+    // publish what is staged → call; and a full scan, before any sync is answered. What it had begun of maps and unmaps
+    // comes again as operations.
 
     void restore()
     {
@@ -601,8 +603,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         slice_.part(op.start);
         if (op.epoch != 0 && !mark && tracking_ && !fault(Fault::unmap_passes_enable))
             return end_before_reporting(op);
-        // Before a restart it may have come to its end for want of room: then its marker may be there, and nothing more that it takes out
-        // may come behind.
+        // Before a restart it may have come to its end for want of room: then its marker may be there, and nothing more
+        // that it takes out may come behind.
         const std::uint64_t noted = mark && op.again ? *op.note & UnmapNote::cut_mask : 0;
         const bool cut = op.start < noted && noted < op.end;
         const std::uint64_t end = cut ? noted : op.end;
@@ -656,8 +658,8 @@ template <iommu::Format F> class ShardOf final : public Shard
         finish(op, taken.full ? -EAGAIN : result);
     }
 
-    // What it has taken out so far was not reported and has no marker; what it would take out now is. Another unmap does that. Before a restart
-    // it may have come some way in this slice; all that has been advanced since.
+    // What it has taken out so far was not reported and has no marker; what it would take out now is. Another unmap
+    // does that. Before a restart it may have come some way in this slice; all that has been advanced since.
     void end_before_reporting(ShardOp &op)
     {
         const std::uint64_t from = op.reached;
@@ -683,10 +685,10 @@ template <iommu::Format F> class ShardOf final : public Shard
             finish(op, error);
     }
 
-    // Clean, then arm, then make everybody walk again. Where devices are not armed, what is cleaned stays clean; a leaf left dirty
-    // would never be summarized again. Where they are always armed, they mark on: a leaf that was marked and cleaned is written without
-    // D by those who have it cached, until they walk again, which is before the reply and so before the VMM copies everything; one that
-    // was marked after it was cleaned has its summary and is reported.
+    // Clean, then arm, then make everybody walk again. Where devices are not armed, what is cleaned stays clean; a leaf
+    // left dirty would never be summarized again. Where they are always armed, they mark on: a leaf that was marked and
+    // cleaned is written without D by those who have it cached, until they walk again, which is before the reply and so
+    // before the VMM copies everything; one that was marked after it was cleaned has its summary and is reported.
     void run_enable(ShardOp &op)
     {
         if (tracking_) // a restart: it was armed, so what is dirty now is to be reported

@@ -1,11 +1,13 @@
-// A shard: one slice of an hwpt, its ring, and the steps between them. The walker that owns it calls step() in turn with its
-// other shards; nothing here waits, and one call does a bounded piece of work.
+// A shard: one slice of an hwpt, its ring, and the steps between them. The walker that owns it calls step() in turn
+// with its other shards; nothing here waits, and one call does a bounded piece of work.
 //
 //   sweep    reserve → collect → stage → clear → advance → grace → publish → call
-//   unmap    close its range → pins gone → for each leaf: read → stage if dirty → swap out; then advance → grace → publish → reply
+//   unmap    close its range → pins gone → for each leaf: read → stage if dirty → swap out; then advance → grace →
+//            publish → reply
 //   sync     leading grace → pins gone → one pass of everything → publish → marker → publish
 //
-// At most one batch waits for its grace period. What waits for pins waits aside; everything else goes on. A shard is a template over the format and the interface below hides which.
+// At most one batch waits for its grace period. What waits for pins waits aside; everything else goes on. A shard is a
+// template over the format and the interface below hides which.
 #pragma once
 
 #include "iommu/backing.hpp"
@@ -24,8 +26,9 @@
 
 namespace dirtyring::service {
 
-// What an unmap in IOVA space leaves in ShardOp::note, for its parts in other slices and for a restart. Its first part decides, before it
-// takes anything out: if dirt is reported then, each part puts a marker, else none does, and the unmap ends where it meets reporting.
+// What an unmap in IOVA space leaves in ShardOp::note, for its parts in other slices and for a restart. Its first part
+// decides, before it takes anything out: if dirt is reported then, each part puts a marker, else none does, and the
+// unmap ends where it meets reporting.
 struct UnmapNote {
     static constexpr std::uint64_t decided = 1u << 0;
     static constexpr std::uint64_t marked = 1u << 1;
@@ -109,20 +112,22 @@ class Shard : public Agent
   public:
     Shard() : Agent(Turn::second) {}
 
-    // Queues an operation. Maps, unmaps, enable and disable run in order; a sync covers those before it. The caller has checked:
-    // a map meets no other, an unmap cuts none in two, enable and disable alternate and come while no sync is out, and all three
-    // are for shards with a ring.
+    // Queues an operation. Maps, unmaps, enable and disable run in order; a sync covers those before it. The caller has
+    // checked: a map meets no other, an unmap cuts none in two, enable and disable alternate and come while no sync is
+    // out, and all three are for shards with a ring.
     virtual void submit(ShardOp &op) = 0;
 
-    // No device is attached any more, or the VMM is gone. Completes everything queued with -ECANCELED; step() does nothing more.
+    // No device is attached any more, or the VMM is gone. Completes everything queued with -ECANCELED; step() does
+    // nothing more.
     virtual void cancel() = 0;
 
-    // From here on the threads of a device, and their pins, are waited for. A restored shard knows its devices before its first step.
+    // From here on the threads of a device, and their pins, are waited for. A restored shard knows its devices before
+    // its first step.
     virtual void add(const iommu::DmaThreads &threads) = 0;
     // The device has left orderly: its threads are outside, hold no pin, and stay so.
     virtual void remove(const iommu::DmaThreads &threads) = 0;
-    // The device is dead, perhaps between D and the summary, perhaps with pins. reported(): the tables know what its pins covered, so
-    // its cells and slots may go.
+    // The device is dead, perhaps between D and the summary, perhaps with pins. reported(): the tables know what its
+    // pins covered, so its cells and slots may go.
     virtual void bury(const iommu::DmaThreads &threads, std::function<void()> reported) = 0;
 
     // What its backing's make_large was asked for is done.

@@ -18,7 +18,8 @@ class Stir
     [[nodiscard]] bool take() { return std::exchange(set_, false); }
     [[nodiscard]] bool is_set() const { return set_; }
 
-    // While it naps: `all` becomes true as well, one word for many, so that nobody has to look at each. nullptr: it is awake.
+    // While it naps: `all` becomes true as well, one word for many, so that nobody has to look at each. nullptr: it is
+    // awake.
     void report_to(bool *all) { all_ = all; }
 
   private:

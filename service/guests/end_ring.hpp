@@ -15,7 +15,8 @@ inline bool has_ended(const DirtyRing &ring)
     return ring.staged() > 0 && ring.last() == dr_marker(DR_MARKER_END, 0);
 }
 
-// Publishes what is staged, with END behind it unless that is there, or there is no room. Its consumer is to be called, whatever it has armed.
+// Publishes what is staged, with END behind it unless that is there, or there is no room. Its consumer is to be called,
+// whatever it has armed.
 inline void end_ring(DirtyRing &ring)
 {
     if (!has_ended(ring) && ring.room() > 0) {

@@ -25,8 +25,9 @@ Result<Token> make_token()
     return token;
 }
 
-// systemd keeps but one of the descriptors that share an open file description, and a VMM may well send one memfd for two regions:
-// so the file is opened once more, as it was. Its owner may not permit that; then what the VMM sent has to do.
+// systemd keeps but one of the descriptors that share an open file description, and a VMM may well send one memfd for
+// two regions: so the file is opened once more, as it was. Its owner may not permit that; then what the VMM sent has to
+// do.
 ring::Fd reopened(int fd)
 {
     const int mode = ::fcntl(fd, F_GETFL) & O_ACCMODE;

@@ -1,8 +1,9 @@
 // What one VMM has here. Made and owned by the control thread; walkers hold pointers from adopt to drop.
 //
-// Each part of it is made in the same order: its descriptors go into the store, then its slot of the record becomes valid, then
-// walkers hear of it, then the reply goes out. And leaves in the reverse order: the walkers let it go, the slot is freed, the
-// descriptors leave the store. A service that dies in between leaves descriptors without a slot, which the next one drops.
+// Each part of it is made in the same order: its descriptors go into the store, then its slot of the record becomes
+// valid, then walkers hear of it, then the reply goes out. And leaves in the reverse order: the walkers let it go, the
+// slot is freed, the descriptors leave the store. A service that dies in between leaves descriptors without a slot,
+// which the next one drops.
 #pragma once
 
 #include "ring/control.h"
@@ -55,8 +56,8 @@ struct Stall {
     std::uint32_t device;
 };
 
-// From here on the record is this process's; or it stays another's, which is named (0: one of another pid namespace). The lock is
-// gone as soon as the process closes any descriptor of the file, so there is to be no second one.
+// From here on the record is this process's; or it stays another's, which is named (0: one of another pid namespace).
+// The lock is gone as soon as the process closes any descriptor of the file, so there is to be no second one.
 std::optional<int> lock(int memfd);
 
 struct Guest {

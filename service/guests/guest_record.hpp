@@ -10,11 +10,12 @@
 //    │ command journal (command_journal.hpp)           │
 //    └─────────────────────────────────────────────────┘
 //
-// A killed process leaves what it had stored so far, in the order of its release stores: a slot's state is stored last and says
-// that the rest of it is whole, and that all its descriptors are in the store. The control thread writes, but for HwptRecord and
-// the journal, which are the home walker's.
+// A killed process leaves what it had stored so far, in the order of its release stores: a slot's state is stored last
+// and says that the rest of it is whole, and that all its descriptors are in the store. The control thread writes, but
+// for HwptRecord and the journal, which are the home walker's.
 //
-// A request is known again by its sequence. It is noted in the header before the slot is taken, so that a slot is never newer.
+// A request is known again by its sequence. It is noted in the header before the slot is taken, so that a slot is never
+// newer.
 #pragma once
 
 #include "ring/control.h"

@@ -1,5 +1,5 @@
-// The descriptors of one object, on their way into the store when the object is made, or out of it after a restart. Either all of
-// them stay there or none.
+// The descriptors of one object, on their way into the store when the object is made, or out of it after a restart.
+// Either all of them stay there or none.
 //
 // Their names, for guest g and in it hwpt or device i, shard s:
 //

@@ -141,7 +141,8 @@ Result<std::unique_ptr<Hwpt>> Hwpt::make(const HwptPlan &plan, const std::vector
         auto *header = hwpt->translation.map.as<dr_translation_header>();
         *header = hwpt->geometry;
         header->version = 0;
-        // Last, as R6 of the rings: who maps the region before the attach reply has brought it here sees no half header.
+        // Last, as R6 of the rings: who maps the region before the attach reply has brought it here sees no half
+        // header.
         std::atomic_ref(header->version).store(hwpt->geometry.version, std::memory_order_release);
     }
     return hwpt;

@@ -26,8 +26,8 @@ bool map_whole(ring::Mapping &map, const ring::Fd &fd)
            map.map(fd.get(), static_cast<std::size_t>(status.st_size), PROT_READ | PROT_WRITE) == 0;
 }
 
-// Calls with(ring) if the two regions are those of one; more staged than there are slots is taken back. False: they are not, or with() says
-// so.
+// Calls with(ring) if the two regions are those of one; more staged than there are slots is taken back. False: they are
+// not, or with() says so.
 template <class With> bool with_ring(const ring::Fd &producer, const ring::Fd &consumer, With with)
 {
     ring::Mapping mine;

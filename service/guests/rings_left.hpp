@@ -1,5 +1,6 @@
-// The rings that a service before has left in the store and that this one does not take up: of a guest that cannot be, whose VMM must not
-// take their silence for cleanliness, or of an hwpt that was being destroyed, whose consumers wait for the end.
+// The rings that a service before has left in the store and that this one does not take up: of a guest that cannot be,
+// whose VMM must not take their silence for cleanliness, or of an hwpt that was being destroyed, whose consumers wait
+// for the end.
 #pragma once
 
 #include "ring/region.hpp"
@@ -21,8 +22,8 @@ class RingsLeft
     // Puts ALL_DIRTY into each ring that has room for it and can be made sense of, and calls. How many.
     unsigned mark_all_dirty() const;
 
-    // Publishes what is staged in each ring, then END where there is room and it is not there yet, and calls each consumer, whatever it has
-    // armed: a service before may have come to any of these steps. How many.
+    // Publishes what is staged in each ring, then END where there is room and it is not there yet, and calls each
+    // consumer, whatever it has armed: a service before may have come to any of these steps. How many.
     unsigned end() const;
 
   private:

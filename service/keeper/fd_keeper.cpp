@@ -54,8 +54,8 @@ FdKeeper::FdKeeper() : socket_(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOC
 
 bool FdKeeper::receive(pid_t sender)
 {
-    // Strangers can send as fast as we read. A mark behind all that is there now ends the work; the kernel lets a socket send to
-    // itself when its queue is full for others.
+    // Strangers can send as fast as we read. A mark behind all that is there now ends the work; the kernel lets a
+    // socket send to itself when its queue is full for others.
     sockaddr_un self{};
     self.sun_family = AF_UNIX;
     address_.copy(self.sun_path, address_.size());

@@ -25,8 +25,8 @@ class FdKeeper
     // For NOTIFY_SOCKET.
     [[nodiscard]] const std::string &address() const { return address_; }
 
-    // Does what messages ask that were sent before this call: those of process `sender`, the others are thrown away. True: it
-    // said that it is ready.
+    // Does what messages ask that were sent before this call: those of process `sender`, the others are thrown away.
+    // True: it said that it is ready.
     [[nodiscard]] bool receive(pid_t sender);
 
     void keep(std::string name, ring::Fd fd);

@@ -26,8 +26,8 @@ tl::unexpected<std::string> failed(const std::string &path, std::string_view why
 
 enum class There { nobody, somebody, unknown };
 
-// Whether somebody answers at the address. The socket of a service that has just died may still accept for a moment, while the
-// kernel takes its io_uring apart; such a connection breaks, and then nobody is there.
+// Whether somebody answers at the address. The socket of a service that has just died may still accept for a moment,
+// while the kernel takes its io_uring apart; such a connection breaks, and then nobody is there.
 There who_is_there(const sockaddr_un &address)
 {
     struct {

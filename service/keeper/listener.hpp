@@ -14,8 +14,8 @@ namespace dirtyring::service {
 
 bool is_listening(int fd);
 
-// Binds and listens; takes the path away again at the end, if it is still the one it made. Unless it is kept: then it outlives
-// a death, and clients who connect meanwhile wait for the next one who listens.
+// Binds and listens; takes the path away again at the end, if it is still the one it made. Unless it is kept: then it
+// outlives a death, and clients who connect meanwhile wait for the next one who listens.
 class Listener
 {
   public:

@@ -35,7 +35,8 @@ class Inbox
 
   private:
     boost::lockfree::queue<Task *> queue_{256};
-    // Store buffering, as with the flags of the rings: post counts then loads asleep_, the sleeper sets asleep_ then looks at the count.
+    // Store buffering, as with the flags of the rings: post counts then loads asleep_, the sleeper sets asleep_ then
+    // looks at the count.
     std::atomic<std::uint64_t> posted_{0};
     std::atomic<bool> asleep_{false};
     std::uint64_t drained_ = 0;

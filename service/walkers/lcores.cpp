@@ -14,8 +14,9 @@
 #include <sched.h>
 #include <thread>
 
-// Where neither cpuid nor an MSR tells how fast the TSC is, as in most guests, the EAL sleeps for 100 ms to measure it: nine
-// tenths of the time that a restart takes. Nobody here needs it that exactly. The linker puts this in place of the EAL's.
+// Where neither cpuid nor an MSR tells how fast the TSC is, as in most guests, the EAL sleeps for 100 ms to measure it:
+// nine tenths of the time that a restart takes. Nobody here needs it that exactly. The linker puts this in place of the
+// EAL's.
 extern "C" std::uint64_t __wrap_get_tsc_freq()
 {
     using Clock = std::chrono::steady_clock;

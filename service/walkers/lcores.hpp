@@ -11,8 +11,8 @@
 
 namespace dirtyring::service {
 
-// Starts the EAL once in the process. The calling thread stays free to run on every CPU it may use; walkers have one each,
-// counted from the last, and share them when there are fewer CPUs than walkers.
+// Starts the EAL once in the process. The calling thread stays free to run on every CPU it may use; walkers have one
+// each, counted from the last, and share them when there are fewer CPUs than walkers.
 class Lcores
 {
   public:

@@ -29,8 +29,8 @@ class Uring
     // The same, and waits for a completion until the time on CLOCK_MONOTONIC.
     void submit_and_wait(std::uint64_t now_ns, std::uint64_t until_ns);
 
-    // Calls handle(user_data, res, flags) for each completion that is there, at most reaped_at_once; true if there were any. What handle()
-    // brings about, at once perhaps, is for the next call: peers could go on for ever.
+    // Calls handle(user_data, res, flags) for each completion that is there, at most reaped_at_once; true if there were
+    // any. What handle() brings about, at once perhaps, is for the next call: peers could go on for ever.
     template <class Handle> bool reap(Handle handle)
     {
         bool any = false;

@@ -166,8 +166,9 @@ void Walker::reap()
             for (Flock &flock : flocks_)
                 wake(flock, [&](const Owned &o) { return o.bell == bell; });
         }
-        // A poll that ended by itself is made again: the completion queue overflowed, or the kernel had no memory for it. Whatever the
-        // result: a bell that is not polled is a lost wake-up, and one that fails each time costs a look in each round.
+        // A poll that ended by itself is made again: the completion queue overflowed, or the kernel had no memory for
+        // it. Whatever the result: a bell that is not polled is a lost wake-up, and one that fails each time costs a
+        // look in each round.
         if ((flags & IORING_CQE_F_MORE) == 0)
             uring_.poll(it->second, bell);
     });

@@ -1,10 +1,11 @@
 // A walker: one lcore that owns agents, which are shards and the command rings of the guests whose home it is.
 //
-// do_work() goes once round all agents and never waits. When a while has brought nothing the walker climbs down the idle ladder:
-// spin with pauses, then sleep until a peer rings, a task comes, or an agent's time is up.
+// do_work() goes once round all agents and never waits. When a while has brought nothing the walker climbs down the
+// idle ladder: spin with pauses, then sleep until a peer rings, a task comes, or an agent's time is up.
 //
-// An agent that has nothing to do while others keep the walker awake naps: it asks its peers to ring, as before a sleep, and is not
-// looked at until one does. So guests that do nothing cost their neighbours a look at a word or two, however many they are.
+// An agent that has nothing to do while others keep the walker awake naps: it asks its peers to ring, as before a
+// sleep, and is not looked at until one does. So guests that do nothing cost their neighbours a look at a word or two,
+// however many they are.
 #pragma once
 
 #include "service/engine/agent.hpp"

@@ -11,8 +11,8 @@
 
 namespace dirtyring::chaos {
 
-// The library has given up, since the service did not answer within 10 s, and the guest or the device is lost to this process. So it
-// ends, and has a successor. A service that answers nobody is the judge's to find.
+// The library has given up, since the service did not answer within 10 s, and the guest or the device is lost to this
+// process. So it ends, and has a successor. A service that answers nobody is the judge's to find.
 struct GaveUp : migrate::Failure {
     using Failure::Failure;
 };

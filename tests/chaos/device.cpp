@@ -95,8 +95,8 @@ class WritingDevice
 
     static bool lonely(unsigned block) { return block < blocks && block % 4 >= 2; }
 
-    // Some pages are written all the time, the others now and then. Of some blocks one page alone is written: what a rule that is
-    // broken forgets there nothing beside it brings back.
+    // Some pages are written all the time, the others now and then. Of some blocks one page alone is written: what a
+    // rule that is broken forgets there nothing beside it brings back.
     std::uint64_t somewhere()
     {
         if (guest_.layout.full && draw(4) == 0)

@@ -234,7 +234,8 @@ void Disturber::stop_device()
     }
 }
 
-// A device stops within a section: its own guest waits and knows for whom, the others go on; the service may die meanwhile.
+// A device stops within a section: its own guest waits and knows for whom, the others go on; the service may die
+// meanwhile.
 void Disturber::stall()
 {
     Guest &guest = any_guest();

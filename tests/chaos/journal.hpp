@@ -1,6 +1,6 @@
-// Who wrote what, in memory that outlives who wrote it. Each device of a guest writes to a slot of its own in each page, every word of
-// a slot the number of the write, which only grows over all lives of that device. What is noted as done must be in the VMM's
-// copy at the next sync; a write that its device's death cut short may be there or not.
+// Who wrote what, in memory that outlives who wrote it. Each device of a guest writes to a slot of its own in each
+// page, every word of a slot the number of the write, which only grows over all lives of that device. What is noted as
+// done must be in the VMM's copy at the next sync; a write that its device's death cut short may be there or not.
 #pragma once
 
 #include "tests/chaos/layout.hpp"
@@ -52,8 +52,8 @@ class Journal
         std::uint64_t expected; // the stamp, at least
         std::uint64_t found;    // the oldest in the slot
     };
-    // A slot of the copy that is older than in `wanted`; those known to be as new as in `seen` are passed over, and `seen` follows.
-    // Pages for which spared(page) is true are left for the next time.
+    // A slot of the copy that is older than in `wanted`; those known to be as new as in `seen` are passed over, and
+    // `seen` follows. Pages for which spared(page) is true are left for the next time.
     template <class Spared>
     [[nodiscard]] std::optional<Loss> loss(const std::byte *copy, const Snapshot &wanted, Snapshot &seen,
                                            Spared spared) const

@@ -1,6 +1,6 @@
-// A guest's IOVA space and memory. Blocks of IOVA space are spread over the shards. Each may be mapped to a few places of the guest's
-// memory, and each place be mapped by several blocks, so remapping and aliases happen all the time, yet a device can find out
-// where its write went.
+// A guest's IOVA space and memory. Blocks of IOVA space are spread over the shards. Each may be mapped to a few places
+// of the guest's memory, and each place be mapped by several blocks, so remapping and aliases happen all the time, yet
+// a device can find out where its write went.
 //
 //             slice 0                              slice 1
 //               |block 0|    |block 2|   …   |block    11|     |block 1|    |block 3|   …

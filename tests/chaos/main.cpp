@@ -1,5 +1,5 @@
-// Kills and stops a service, its devices and its VMMs under load, at random moments and at every point of the protocol, and looks for
-// a page that was written and not reported. tests/README.md tells how.
+// Kills and stops a service, its devices and its VMMs under load, at random moments and at every point of the protocol,
+// and looks for a page that was written and not reported. tests/README.md tells how.
 #include "client/migrate/failure.hpp"
 #include "tests/chaos/disturber.hpp"
 #include "tests/chaos/run.hpp"

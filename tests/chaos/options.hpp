@@ -28,9 +28,9 @@ struct Options {
     Finding wanted = Finding::nothing;
     std::vector<Point> points; // where the service is killed
 
-    // Whoever gets no further for so long, and nobody disturbs it, hangs. To go on takes milliseconds, but seconds where others have the
-    // processors: the kernel's own threads take a dead worker's io_uring apart, and its successor waits for them. A hang that is
-    // wanted is one sooner.
+    // Whoever gets no further for so long, and nobody disturbs it, hangs. To go on takes milliseconds, but seconds
+    // where others have the processors: the kernel's own threads take a dead worker's io_uring apart, and its successor
+    // waits for them. A hang that is wanted is one sooner.
     [[nodiscard]] std::uint64_t patience_ns() const
     {
         return wanted == Finding::hang ? 10'000'000'000 : 60'000'000'000;

@@ -39,7 +39,8 @@ class Run
         if (!wait_for(ready, shared_.options.patience_ns()))
             throw Hang(fmt::format("a hang: {}", sentence()));
     }
-    // Until each guest but `held` has had a sync that was asked for after `since`, and no change of maps from before is under way.
+    // Until each guest but `held` has had a sync that was asked for after `since`, and no change of maps from before is
+    // under way.
     void expect_progress(std::uint64_t since, const Guest *held = nullptr);
     [[nodiscard]] bool goes_on(const Guest &guest, std::uint64_t since) const;
 

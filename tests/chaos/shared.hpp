@@ -1,5 +1,5 @@
-// What the processes of a run share, made by the judge before it forks the first: the guests' memory and its copies, the journals, what a
-// dead process's successor must know, and what has happened lately.
+// What the processes of a run share, made by the judge before it forks the first: the guests' memory and its copies,
+// the journals, what a dead process's successor must know, and what has happened lately.
 #pragma once
 
 #include "client/migrate/clock.hpp"
@@ -87,7 +87,8 @@ struct Guest {
     ring::Fd bell; // an eventfd that wakes the VMM
 };
 
-// What chaos looks for: a dirty page that is lost, and somebody who hangs. Anything else that should not be is a Failure.
+// What chaos looks for: a dirty page that is lost, and somebody who hangs. Anything else that should not be is a
+// Failure.
 struct Lost : migrate::Failure {
     using Failure::Failure;
 };

@@ -270,8 +270,8 @@ void Vmm::judge()
                                guest_.index, layout_.name, loss->page, loss->device, loss->expected, loss->found));
 }
 
-// Until there is something to do. Half of the syncs are waited for as a VMM may: asleep until a ring calls, whatever becomes of the
-// service meanwhile. A change of maps that is still under way is waited for as well.
+// Until there is something to do. Half of the syncs are waited for as a VMM may: asleep until a ring calls, whatever
+// becomes of the service meanwhile. A change of maps that is still under way is waited for as well.
 void Vmm::wait()
 {
     struct dirtyring_stalled stalled {

@@ -1,4 +1,5 @@
-// A guest's VMM: consumes the rings, copies, changes maps, syncs, and compares its copy with the devices' journal at each sync.
+// A guest's VMM: consumes the rings, copies, changes maps, syncs, and compares its copy with the devices' journal at
+// each sync.
 #pragma once
 
 #include "client/dirtyring.hpp"
@@ -78,8 +79,8 @@ class Vmm
     dirtyring_vm *vm_ = nullptr;
     dirtyring_set *set_ = nullptr;
 
-    // What IOVAs in the rings mean. After a takeover nobody knows until the first sync, by which all runs of the predecessor's maps
-    // have come: until then a run means all places of its block.
+    // What IOVAs in the rings mean. After a takeover nobody knows until the first sync, by which all runs of the
+    // predecessor's maps have come: until then a run means all places of its block.
     RetainedMap retained_{layout_.shards, slice_lg2};
     bool anywhere_ = false;
 

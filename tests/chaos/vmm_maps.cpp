@@ -1,4 +1,5 @@
-// How a VMM changes its guest's maps and tracking. What a successor must know is stored before each command and after its completion.
+// How a VMM changes its guest's maps and tracking. What a successor must know is stored before each command and after
+// its completion.
 #include "tests/chaos/children.hpp"
 #include "tests/chaos/vmm.hpp"
 
@@ -117,8 +118,8 @@ void Vmm::changed(unsigned block)
     state_.changes.fetch_add(1, std::memory_order_relaxed);
 }
 
-// A change of tracking waits for the syncs before it, and these may wait for room in the rings (client/dirtyring.h). So the rings are
-// consumed meanwhile.
+// A change of tracking waits for the syncs before it, and these may wait for room in the rings (client/dirtyring.h). So
+// the rings are consumed meanwhile.
 void Vmm::while_consuming(const std::function<void()> &call)
 {
     std::future<void> made = std::async(std::launch::async, call);

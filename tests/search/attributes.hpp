@@ -18,8 +18,8 @@ inline constexpr std::uint64_t GiB = 1ull << 30;
 inline constexpr std::uint64_t block_size = 4 * MiB;
 inline constexpr std::uint64_t block_pages = block_size / page_size;
 
-// How the VMM reads dirty rings: as it comes; behind the marker of a SYNC no further before that completes; seldom, as its
-// completions, so that they fill.
+// How the VMM reads dirty rings: as it comes; behind the marker of a SYNC no further before that completes; seldom, as
+// its completions, so that they fill.
 enum class Reader { steady, waits, lazy };
 
 struct Attributes {
@@ -58,9 +58,9 @@ struct Attributes {
     unsigned head_start; // 1: everything is mapped and devices are attached; 2: and tracking is on
 };
 
-// Where maps go: blocks of 4 MiB in each slice, the last one of which reaches into the next slice, or to the end of the space, and
-// one GiB. Each block has a few places in the guest's memory and shares each with others, so that remaps and aliases happen all the
-// time, yet a device can find out where its write went.
+// Where maps go: blocks of 4 MiB in each slice, the last one of which reaches into the next slice, or to the end of the
+// space, and one GiB. Each block has a few places in the guest's memory and shares each with others, so that remaps and
+// aliases happen all the time, yet a device can find out where its write went.
 class Plan
 {
   public:

@@ -1,4 +1,5 @@
-// A guest with one slice, as small as it gets: the real shard, the real DMA threads, the real consumer, over static memory.
+// A guest with one slice, as small as it gets: the real shard, the real DMA threads, the real consumer, over static
+// memory.
 //
 // What must hold is what the project promises: after a sync, the VMM's copy of every page is what devices have written.
 #pragma once

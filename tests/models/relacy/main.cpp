@@ -1,6 +1,7 @@
 // relacy_models [--list | --ctest | [--trace] suite[.mutation]...]: runs the named checks, or all.
 //
-// A suite must hold, a mutation of it must be refuted; --trace prints the execution that refutes. --ctest prints what CTest includes.
+// A suite must hold, a mutation of it must be refuted; --trace prints the execution that refutes. --ctest prints what
+// CTest includes.
 #include "tests/models/relacy/suites.hpp"
 
 #include <algorithm>

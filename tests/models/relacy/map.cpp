@@ -9,7 +9,8 @@ namespace {
 
 constexpr std::uint64_t table_span = 1ull << iommu::entry_lg2(1); // of the lowest table
 
-// A table that was given back holds a scribbled leaf. The walker cleans it and uses it again, and a device walks it where nothing is mapped.
+// A table that was given back holds a scribbled leaf. The walker cleans it and uses it again, and a device walks it
+// where nothing is mapped.
 class Table : public Execution<Table, 2>
 {
   public:

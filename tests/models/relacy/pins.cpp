@@ -1,4 +1,5 @@
-// Pins: who takes translations away, or promises that DMA is over, waits for them (P1, P2, P4). The walker's sleep is in sleep.cpp.
+// Pins: who takes translations away, or promises that DMA is over, waits for them (P1, P2, P4). The walker's sleep is
+// in sleep.cpp.
 #include "tests/models/relacy/suites.hpp"
 
 #include "tests/models/relacy/hwpt.hpp"

@@ -71,8 +71,8 @@ class Tag : public Swept<Tag>
     }
 };
 
-// The device leaves for good, and the walker forgets its cell before the grace period is over: the word that it has left must carry
-// what its cell would have.
+// The device leaves for good, and the walker forgets its cell before the grace period is over: the word that it has
+// left must carry what its cell would have.
 class Leaving : public Execution<Leaving, 3>
 {
   public:

@@ -1,10 +1,11 @@
 // Runs the project's headers on Relacy. Include this before any of them: it gives std::atomic_ref another meaning.
 //
-// A suite registers the words that its threads share, by address. Each access by atomic_ref to such a word goes to the rl::atomic that
-// stands for it; the word itself keeps the newest value, for the plain loads of a word's only writer. Relacy switches threads at these
-// accesses only, so a plain store (memcpy, memset, a struct copied) is found by comparison at the thread's next one, and is made
-// good there: as a relaxed store, which others may see late, or as a store to an rl::var, where Relacy reports races.
-// Words not registered do not change while the threads run: a store to one fails the suite.
+// A suite registers the words that its threads share, by address. Each access by atomic_ref to such a word goes to the
+// rl::atomic that stands for it; the word itself keeps the newest value, for the plain loads of a word's only writer.
+// Relacy switches threads at these accesses only, so a plain store (memcpy, memset, a struct copied) is found by
+// comparison at the thread's next one, and is made good there: as a relaxed store, which others may see late, or as a
+// store to an rl::var, where Relacy reports races. Words not registered do not change while the threads run: a store to
+// one fails the suite.
 #pragma once
 
 #include <relacy/relacy.hpp>
@@ -89,8 +90,8 @@ constexpr rl::memory_order translate(std::memory_order order)
     return rl::mo_seq_cst;
 }
 
-// Relacy's own heap looks for uses of freed memory, and makes each `delete` a choice of the search. The project's containers have no
-// need of that.
+// Relacy's own heap looks for uses of freed memory, and makes each `delete` a choice of the search. The project's
+// containers have no need of that.
 struct OrdinaryHeap : rl::context {
     OrdinaryHeap() = delete;
     static void wanted(int more) { rl::ctx().*(&OrdinaryHeap::disable_alloc_) += more; }
@@ -162,7 +163,8 @@ class Words
         catch_up(&word);
     }
 
-    // operation(rl::atomic, order): what it makes of the word, and returns the value before. new_value(old): the same of a plain word.
+    // operation(rl::atomic, order): what it makes of the word, and returns the value before. new_value(old): the same
+    // of a plain word.
     template <class T, class Operation, class NewValue>
     T modify(T &word, std::memory_order order, Site site, Operation operation, NewValue new_value)
     {

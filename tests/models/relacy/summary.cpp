@@ -7,8 +7,8 @@ namespace dirtyring::model {
 
 namespace {
 
-// Two devices dirty two pages of one line while the walker sweeps. The table bit is set from before, as when the walker took the line
-// between another's line bit and its table bit.
+// Two devices dirty two pages of one line while the walker sweeps. The table bit is set from before, as when the walker
+// took the line between another's line bit and its table bit.
 class Summary : public Execution<Summary, 3>
 {
   public:
@@ -44,7 +44,8 @@ class Summary : public Execution<Summary, 3>
     Hwpt hwpt{words, {.devices = 2}};
 };
 
-// One device sets D and has not come to the summary; another finds D set, completes its DMA, and then a sync is asked for.
+// One device sets D and has not come to the summary; another finds D set, completes its DMA, and then a sync is asked
+// for.
 class Sync : public Execution<Sync, 3>
 {
   public:

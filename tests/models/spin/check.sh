@@ -1,5 +1,6 @@
 #!/bin/bash
-# The protocol's models, checked by Spin: check.sh [--full] [--list | --trail] [NAME...]. README.md says what each one is.
+# The protocol's models, checked by Spin: check.sh [--full] [--list | --trail] [NAME...]. README.md says what each one
+# is.
 set -euo pipefail
 
 usage()
@@ -28,10 +29,11 @@ while [ $# -gt 0 ]; do
 done
 [ "$action" != trail ] || [ ${#names[@]} -eq 1 ] || usage "--trail takes one NAME"
 
-# checks.txt: model, expected verdict, name, flags; what follows '|' takes the place of the flags with --full.
+# checks.txt: model, expected verdict, name, flags; what follows '|' takes the place of the flags with --full. A line
+# that ends with a backslash goes on with the next: hence no -r.
 declare -A model verdict flags
 order=()
-while read -r m v n f; do
+while read m v n f; do
     case $m in '' | '#'*) continue ;; esac
     if [ "$full" = 1 ] && [[ $f == *'|'* ]]; then f=${f#*|}; else f=${f%%|*}; fi
     order+=("$n") model[$n]=$m verdict[$n]=$v flags[$n]=$f
@@ -49,8 +51,8 @@ command -v spin >/dev/null || { echo "${0##*/}: skipped: spin is not installed";
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 
-# build NAME: pan, in a directory of its own. A refutation is searched in breadth, so that it is the shortest; it is found
-# sooner than gcc would have optimized.
+# build NAME: pan, in a directory of its own. A refutation is searched in breadth, so that it is the shortest; it is
+# found sooner than gcc would have optimized.
 build()
 {
     local how=(-O1)
@@ -87,7 +89,8 @@ what()
     *oa* | *unmap_done*) echo "refuted: DMA reaches a page that is not its own" ;;
     ?*) echo "refuted: $error" ;;
     *)
-        if grep -q 'errors: 0' "$dir/pan/out" && ! grep -qE 'Search not completed|max search depth too small' "$dir/pan/out"; then
+        if grep -q 'errors: 0' "$dir/pan/out" &&
+            ! grep -qE 'Search not completed|max search depth too small' "$dir/pan/out"; then
             echo passes
         else
             echo "unfinished: $(grep -m 1 'pan' "$dir/pan/out" || echo 'out of time')"

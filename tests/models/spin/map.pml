@@ -1,5 +1,6 @@
-/* Map changes. IOVA 0 leads through a table page to OA 0. The VMM unmaps it (harvest: now, deferred or discard), then maps IOVA
- * 0 or 1 to OA 1, which takes the same table page again, then syncs. It has one thread: it reads its ring between requests.
+/* Map changes. IOVA 0 leads through a table page to OA 0. The VMM unmaps it (harvest: now, deferred or discard), then
+ * maps IOVA 0 or 1 to OA 1, which takes the same table page again, then syncs. It has one thread: it reads its ring
+ * between requests.
  *
  * SPACE_IOVA: runs name IOVAs, and the VMM keeps the old map until it has read the marker of the epoch.
  * KILLS: how often the service dies; a request not answered is done again from its intent.

@@ -1,8 +1,10 @@
-/* Pins (P1 to P4): DMA in flight without a section. Device 0 pins a page, its I/O lands, it gives the page back; device 1 writes
- * in sections. The owner sweeps, unmaps page 0, and syncs; when it only waits, it sleeps. What is published is copied at once.
+/* Pins (P1 to P4): DMA in flight without a section. Device 0 pins a page, its I/O lands, it gives the page back; device
+ * 1 writes in sections. The owner sweeps, unmaps page 0, and syncs; when it only waits, it sleeps. What is published is
+ * copied at once.
  *
  * A sync promises, beside what was completed before, that the pins held at the request are over and their data copied.
- * SLOW_DISK: I/O lands after page 1 has been copied. DEATHS: device 0 may die at any step. KILLS: how often the service dies.
+ * SLOW_DISK: I/O lands after page 1 has been copied. DEATHS: device 0 may die at any step. KILLS: how often the service
+ * dies.
  */
 #define DEVICES 2
 #define PAGES 2
@@ -96,7 +98,8 @@ inline unmap()
 {
     if :: dirty[0] -> staged = staged | BIT(0) :: else fi;     /* R2: from here a crash publishes it */
     if
-    :: d_step { !dirty[0] || (staged & BIT(0)) -> dirty[0] = false; mapped[0] = false }    /* compare-and-swap, exchange */
+    :: d_step { !dirty[0] || (staged & BIT(0)) -> dirty[0] = false; mapped[0] = false }    /* compare-and-swap,
+                                                                                            * exchange */
     :: else -> staged = staged | BIT(0); d_step { dirty[0] = false; mapped[0] = false }
     fi;
 #ifdef OPEN_BEFORE_ADVANCE

@@ -1,12 +1,14 @@
-/* Split and collapse. Pages 0 and 1 are mapped large or small; the owner changes that once, and sweeps before and after.
+/* Split and collapse. Pages 0 and 1 are mapped large or small; the owner changes that once, and sweeps before and
+ * after.
  *
  * KIND: SPLIT_REPLICAS   AMD: a large leaf is written twice, in entries 0 and 1, and hardware may set D in either
  *       SPLIT_TABLE      a large leaf (entry 2) becomes a table of entries 0 and 1
  *       COLLAPSE         a table becomes a large leaf, installed clean; the table's leaves are read after the grace
- * KILLS: how often the service dies. What survives is the record: which size the leaves have. In doubt it has the large one, but for a
- * collapse, where it has the table until its leaves were read; then the restart puts the table back.
- * BREAK: hardware must not find two sizes within one grace period. Entry 2 is missing until the grace after its advance is over;
- * meanwhile `breaking` is odd: who finds nothing leaves its section and waits (S8). A restart breaks a half-replaced leaf again.
+ * KILLS: how often the service dies. What survives is the record: which size the leaves have. In doubt it has the large
+ * one, but for a collapse, where it has the table until its leaves were read; then the restart puts the table back.
+ * BREAK: hardware must not find two sizes within one grace period. Entry 2 is missing until the grace after its advance
+ * is over; meanwhile `breaking` is odd: who finds nothing leaves its section and waits (S8). A restart breaks a
+ * half-replaced leaf again.
  */
 #define SPLIT_REPLICAS 1
 #define SPLIT_TABLE 2
@@ -129,7 +131,8 @@ inline pass()
 #ifdef REPLICA_ALONE
        staged = staged | ((batched & 4) -> 3 : batched);
 #else
-       staged = staged | ((batched & 4) || recorded_large -> 3 : batched);    /* one dirty replica reports the whole leaf */
+       staged = staged | ((batched & 4) || recorded_large -> 3 : batched);    /* one dirty replica reports the whole
+                                                                               * leaf */
 #endif
        do
        :: l < 3 -> d_step { if :: batched & BIT(l) -> dirty[l] = false :: else fi; l++ }
@@ -154,7 +157,8 @@ inline spread()
 #else
 #define GONE kind[2] = SMALL
 #endif
-/* The table in the place of the leaf: D in its leaves if the large one has it, then compare-and-swap; if that fails, D in all of them. */
+/* The table in the place of the leaf: D in its leaves if the large one has it, then compare-and-swap; if that fails, D
+ * in all of them. */
 inline put_table()
 {
     batched = dirty[2];
@@ -248,7 +252,8 @@ again:
 #endif
            generation[0]++;
            grace(); link_table(); publish(); pend = ALL_LINES;
-           changed = !recorded_large                           /* the command is done again, or the collapse is given up */
+           changed = !recorded_large                           /* the command is done again, or the collapse is given
+                                                                * up */
         :: else
         fi;
 end:    do

@@ -1,8 +1,10 @@
-/* Sleeping and waking: the consumer by its event index (R4), the walker before a full ring or a slow consumer by want_kick (R5),
- * the idle walker by asleep (S5). All alike: raise the flag, look again, sleep; the other side stores, then reads the flag.
+/* Sleeping and waking: the consumer by its event index (R4), the walker before a full ring or a slow consumer by
+ * want_kick (R5), the idle walker by asleep (S5). All alike: raise the flag, look again, sleep; the other side stores,
+ * then reads the flag.
  *
  * One page. What is dirty must come through: when nothing moves any more (timeout), nothing may be left on the way.
- * PACED: the walker waits until its consumer has taken everything, not only for room. KILLS: how often the service dies.
+ * PACED: the walker waits until its consumer has taken everything, not only for room. KILLS: how often the service
+ * dies.
  */
 #ifndef DEVICES
 #define DEVICES 2
