@@ -173,7 +173,8 @@ void report(const Options &options)
     write_file(
         options.report,
         fmt::format("# What it costs\n\n`perf/run.sh` has written this page; [notes.md](notes.md) is the part written "
-                    "by hand. What each figure means stands in\n[README.md](README.md).\n\n{}\n## Figures\n\n{}\n{}\n## Plots\n\n{}\n"
+                    "by hand. What each figure means stands in\n[README.md](README.md).\n\n{}\n## "
+                    "Figures\n\n{}\n{}\n## Plots\n\n{}\n"
                     "## Raw data\n\nOne value a turn.\n\n```\n{}```\n",
                     machine(options), figures, read_file(options.notes), plots, raw_data(all["figures"])));
     if (!options.json.empty())
