@@ -27,11 +27,12 @@ TEST(ServiceProgram, TellsItsSupervisorWhenItIsReadyAndWhenItStops)
 
 TEST(ServiceProgram, EndsAtAnInterruptToo)
 {
-    Daemon daemon;
+    Daemon daemon({"--log-level", "info"});
     Vm vm(daemon);
     vm.expect_tracks();
     daemon.process().signal(SIGINT);
     EXPECT_EQ(daemon.process().exit_code(), 0) << daemon.said();
+    EXPECT_THAT(daemon.said(), HasSubstr("asked to end by SIGINT of process " + std::to_string(::getpid())));
 }
 
 TEST(ServiceProgram, EndsWithGuestsAndDevicesThere)

@@ -108,8 +108,9 @@ void Control::on_completion(std::uint64_t user_data, int result, unsigned flags)
         accept_next();
         break;
     case signalled:
-        spdlog::info("asked to end");
-        running_ = false;
+        on_signalled();
+        if (ended)
+            uring_.poll(signals_.get(), tag(signalled));
         break;
     case task:
         if (ended)
@@ -135,6 +136,17 @@ void Control::on_completion(std::uint64_t user_data, int result, unsigned flags)
     default:
         break;
     }
+}
+
+// Only a signal that was read ends the service: a poll may complete for other reasons.
+void Control::on_signalled()
+{
+    signalfd_siginfo signal{};
+    if (::read(signals_.get(), &signal, sizeof signal) != sizeof signal)
+        return;
+    spdlog::info("asked to end by SIG{} of process {}", ::sigabbrev_np(static_cast<int>(signal.ssi_signo)),
+                 signal.ssi_pid);
+    running_ = false;
 }
 
 // ---- connections ----------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ class Control
 
     // ---- the loop (control.cpp) ----
     void on_completion(std::uint64_t user_data, int result, unsigned flags);
+    void on_signalled();
     void accept_next();
     void on_acceptable();
     void adopt(ring::Fd socket);

@@ -189,12 +189,14 @@ class Supervisor
             if (signal.ssi_signo == SIGCHLD)
                 bury();
             else
-                end();
+                end(signal);
         }
     }
 
-    void end()
+    void end(const signalfd_siginfo &signal)
     {
+        spdlog::info("supervisor: asked to end by SIG{} of process {}",
+                     ::sigabbrev_np(static_cast<int>(signal.ssi_signo)), signal.ssi_pid);
         ::sd_notify(0, "STOPPING=1");
         if (worker_ == 0) {
             exit_code_ = 0;

@@ -58,6 +58,25 @@ void Run::watch()
     ::ppoll(&signal, 1, &glance, nullptr);
     if (signal.revents != 0)
         throw migrate::Failure("interrupted");
+    judge();
+    try {
+        service_.look();
+        look_after_children();
+    } catch (const migrate::Failure &) {
+        judge(); // a child says why before it ends, and it may have come to that only now
+        throw;
+    }
+    if (const std::uint64_t visits = shared_.visits().load(); visits != visits_ || visitor_.pid() == 0) {
+        visits_ = visits;
+        visited_at_ = now_ns();
+    } else if (now_ns() - visited_at_ > 2 * shared_.options.patience_ns()) {
+        throw Hang("a hang: the visitor comes to no end");
+    }
+}
+
+// Throws what a child has found.
+void Run::judge()
+{
     const Verdict &verdict = shared_.verdict();
     if (verdict.taken.load() != 0) {
         while (verdict.whole.load(std::memory_order_acquire) == 0)
@@ -70,14 +89,6 @@ void Run::watch()
         case Finding::nothing:
             throw migrate::Failure(verdict.sentence);
         }
-    }
-    service_.look();
-    look_after_children();
-    if (const std::uint64_t visits = shared_.visits().load(); visits != visits_ || visitor_.pid() == 0) {
-        visits_ = visits;
-        visited_at_ = now_ns();
-    } else if (now_ns() - visited_at_ > 2 * shared_.options.patience_ns()) {
-        throw Hang("a hang: the visitor comes to no end");
     }
 }
 

@@ -52,6 +52,7 @@ class Run
 
   private:
     void watch();
+    void judge();
     void look_after_children();
     void expect_nothing_left();
     [[nodiscard]] std::string what_waits(std::uint64_t since, const Guest *held) const;

@@ -17,7 +17,10 @@
 #include <unistd.h>
 
 namespace dirtyring::chaos {
+
 namespace {
+
+constexpr std::size_t said_max = 12; // lines of the log, for a failure
 
 std::string proc(pid_t pid, const char *what)
 {
@@ -77,7 +80,7 @@ Service::Service(const Options &options, const std::string &directory, const mig
         ::setenv("DIRTYRING_DIE_PLAN", plan.c_str(), 1);
         ::setenv("DIRTYRING_FAULT", std::to_string(static_cast<int>(options.fault)).c_str(), 1);
         ::execl(program.c_str(), "dirtyringd", "--supervise", "--socket-path", socket.c_str(), "--walkers", "2",
-                "--log-level", "error", nullptr);
+                "--log-level", "info", nullptr);
         ::_exit(127);
     }
     expect_up();
@@ -129,9 +132,11 @@ void Service::look()
 {
     std::ifstream log(directory_ + "/log");
     log.seekg(looked_at_);
-    std::string last;
-    for (std::string line; std::getline(log, line) && !log.eof(); last = line) { // what has no end yet is being written
+    for (std::string line; std::getline(log, line) && !log.eof();) { // what has no end yet is being written
         looked_at_ = log.tellg();
+        said_.push_back(line);
+        if (said_.size() > said_max)
+            said_.pop_front();
         if (line.find("died of") != std::string::npos && line.find("died of SIGKILL") == std::string::npos)
             throw migrate::Failure(line);
     }
@@ -139,7 +144,8 @@ void Service::look()
     if (::waitpid(supervisor_, &status, WNOHANG) != supervisor_)
         return;
     supervisor_ = 0;
-    throw migrate::Failure(fmt::format("the supervisor ended with status {:#x}; the last it said: {}", status, last));
+    throw migrate::Failure(
+        fmt::format("the supervisor ended with status {:#x}; the last it said:\n{}", status, fmt::join(said_, "\n")));
 }
 
 void Service::end()

@@ -7,6 +7,7 @@
 #include "tests/die_plan.hpp"
 
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <sys/types.h>
 
@@ -54,6 +55,7 @@ class Service
     ring::Mapping plan_map_;
     test::DiePlan *plan_ = nullptr;
     std::streamoff looked_at_ = 0; // so much of the log
+    std::deque<std::string> said_; // its last lines
 };
 
 } // namespace dirtyring::chaos
