@@ -63,6 +63,7 @@ namespace dirtyring {
     X(restart_without_scan) /* the summary is trusted */ \
     X(restart_without_call) /* consumers are not called */ \
     X(restart_opens_early) /* what was closed can be pinned before everything is advanced */ \
+    X(closes_for_devices_only) /* an unmap that begins while no device can pin leaves its range open */ \
     X(resumed_map_not_scanned) /* what devices wrote through a map before it was interrupted is left to the summary */ \
     X(failed_map_not_scanned) /* the same, of a map that is done again in vain, is left to its roll-back */ \
     X(failed_map_is_whole) /* nor does the record say that it is not whole */ \

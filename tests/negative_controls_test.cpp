@@ -414,6 +414,7 @@ Control control(Fault fault)
     case Fault::death_skips_begun:
     case Fault::take_before_stage:
     case Fault::restart_opens_early:
+    case Fault::closes_for_devices_only:
     case Fault::restart_without_call:
     case Fault::sync_marks_again:
     case Fault::present_forgotten:

@@ -315,6 +315,30 @@ TEST(Restart, LetsNobodyPinWhatIsTakenOut)
     EXPECT_GT(lost(), 0u);
 }
 
+// The same when all devices are leaving: no shard waits for them any more, but they were not forgotten yet.
+TEST(Restart, LetsNobodyPinWhatIsTakenOutThoughAllHadLeft)
+{
+    const auto pins = [] {
+        Rig rig({.leaf_lg2_max = 12, .devices = 1});
+        EXPECT_EQ(rig.map(0, MiB, 0), 0);
+        EXPECT_EQ(rig.enable(), 0);
+        rig.write(0, 7 * P, P);
+        rig.detach_in_vain(0);
+        const Op &unmap = rig.submit_unmap(0, MiB);
+        DeathAt death(Point::unmap_taken_out, 1);
+        while (!death.came())
+            death.step(rig);
+        const Pin pin = rig.pin(0, 7 * P, P);
+        if (pin.error == 0)
+            rig.unpin(0, pin);
+        EXPECT_TRUE(rig.run(unmap));
+        return pin.error == 0;
+    };
+    EXPECT_FALSE(pins());
+    const Breaking breaking(Fault::closes_for_devices_only);
+    EXPECT_TRUE(pins());
+}
+
 // A of table entries is the devices'.
 TEST(Restart, KeepsAOfTables)
 {

@@ -530,6 +530,12 @@ void Rig::detach(unsigned device)
         s.shard->remove(threads(device));
 }
 
+void Rig::detach_in_vain(unsigned device)
+{
+    detach(device);
+    attached_.insert(device);
+}
+
 void Rig::bury(unsigned device)
 {
     attached_.erase(device);

@@ -197,6 +197,8 @@ class Rig
     iommu::DmaFault unpin(unsigned device, const Pin &pin);
     void attach(unsigned device);
     void detach(unsigned device);
+    // Shards are told, but the worker dies before it records that: the next one finds the device attached.
+    void detach_in_vain(unsigned device);
     void bury(unsigned device);
 
     // ---- oracle

@@ -24,14 +24,7 @@ class OpQueue
 
     // ---- devices
 
-    void add(const iommu::DmaThreads &threads)
-    {
-        devices_.push_back(threads);
-        // It can pin as soon as it is attached, and an unmap that has begun without pins in the world has not closed
-        // its range.
-        if (in_progress_ && is_unmap(queue_.front()) && !queue_.front().closed)
-            close(queue_.front());
-    }
+    void add(const iommu::DmaThreads &threads) { devices_.push_back(threads); }
 
     // Where in the list it was: for other waits.
     std::size_t remove(const iommu::DmaThreads &threads)
@@ -66,15 +59,24 @@ class OpQueue
             Queued &front = queue_.front();
             if (!is_unmap(front) || front.closed || !any_pins())
                 return front.op;
-            if (closing_.room() <= kept_for_add) // until one of those aside is finished
+            if (closing_.room() <= kept_for_begin) // until one of those aside is finished
                 return nullptr;
             set_aside();
         }
         return nullptr;
     }
 
-    // What next() gave has begun. True: it had not before.
-    bool begin() { return !std::exchange(in_progress_, true); }
+    // What next() gave has begun. True: it had not before. The range of an unmap is closed in any case: a device may
+    // attach, and one that leaves may be there again when the worker dies before its leave is recorded.
+    bool begin()
+    {
+        if (std::exchange(in_progress_, true))
+            return false;
+        const bool open = fault(Fault::closes_for_devices_only) && !any_pins();
+        if (is_unmap(queue_.front()) && !queue_.front().closed && !open)
+            close(queue_.front());
+        return true;
+    }
     [[nodiscard]] bool in_progress() const { return in_progress_; }
 
     // What next() gave is over. Its number: the count of those pushed before it.
@@ -106,8 +108,8 @@ class OpQueue
     }
 
   private:
-    // A range that only add() closes.
-    static constexpr std::uint64_t kept_for_add = 1;
+    // A range of an unmap that does not wait.
+    static constexpr std::uint64_t kept_for_begin = 1;
 
     struct Queued {
         ShardOp *op;

@@ -105,6 +105,11 @@ void Devices::see_off()
             d->unreported = world_.attributes.shards;
             return tell_shard(*d);
         }
+        if (d->stage == Stage::unanswered && service_.life().home_begun) {
+            world_.say([&] { return fmt::format("device {} attaches again", d->id); });
+            d->stage = Stage::attached;
+            return;
+        }
         if ((d->stage == Stage::burying && d->shards.size() < world_.attributes.shards) || d->stage == Stage::leaving)
             return tell_shard(*d);
     }
@@ -159,7 +164,7 @@ void Devices::service_died()
     for (const auto &d : devices_) {
         d->shards.clear();
         if (d->stage == Stage::attaching || d->stage == Stage::leaving)
-            d->stage = Stage::attached;
+            d->stage = Stage::unanswered;
         if (d->stage == Stage::burying)
             d->stage = Stage::dead;
     }
