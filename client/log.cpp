@@ -3,15 +3,10 @@
 
 using namespace dirtyring::client;
 
-namespace {
-
-struct SetCloser {
-    void operator()(dirtyring_set *set) const { dirtyring_set_close(set); }
-};
-
-} // namespace
-
 struct dirtyring_log {
+    struct SetCloser {
+        void operator()(dirtyring_set *set) const { dirtyring_set_close(set); }
+    };
     std::unique_ptr<dirtyring_set, SetCloser> set;
     DirtyLog dirty;
     bool all_dirty = false; // a marker says so, and nobody has been told

@@ -95,4 +95,10 @@ inline Phase phase(const Control &control)
 
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free, "atomics lie in shared memory");
 
+// Of a statistic of Control.
+inline std::uint64_t load(const std::atomic<std::uint64_t> &statistic)
+{
+    return statistic.load(std::memory_order_relaxed);
+}
+
 } // namespace dirtyring::migrate

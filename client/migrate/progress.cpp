@@ -14,11 +14,6 @@ namespace {
 
 constexpr std::uint64_t second_ns = 1'000'000'000;
 
-std::uint64_t load(const std::atomic<std::uint64_t> &statistic)
-{
-    return statistic.load(std::memory_order_relaxed);
-}
-
 // A line that is longer would wrap, and \r would not get back to its start.
 std::size_t columns()
 {

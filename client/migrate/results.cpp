@@ -11,11 +11,6 @@
 namespace dirtyring::migrate {
 namespace {
 
-std::uint64_t load(const std::atomic<std::uint64_t> &statistic)
-{
-    return statistic.load(std::memory_order_relaxed);
-}
-
 double ms(const std::atomic<std::uint64_t> &ns)
 {
     return static_cast<double>(load(ns)) / 1e6;

@@ -15,7 +15,7 @@ namespace dirtyring::service {
 
 namespace {
 
-[[maybe_unused]] bool is_name(std::string_view name)
+[[maybe_unused]] bool is_ours(std::string_view name)
 {
     return !name.empty() && name.size() <= FdStore::name_max &&
            std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isalnum(c) != 0 || c == '.'; });
@@ -46,7 +46,7 @@ bool FdStore::kept() const
 
 int FdStore::put(const std::string &name, int fd)
 {
-    assert(is_name(name));
+    assert(is_ours(name));
     if (!kept())
         return 0;
     if (stored_.size() >= fds_max || names_size_ + name.size() + 1 > names_max)

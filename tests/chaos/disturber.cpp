@@ -8,7 +8,6 @@
 namespace dirtyring::chaos {
 namespace {
 
-constexpr std::uint64_t ms = 1'000'000;
 constexpr std::uint64_t settled_ns = 30 * ms; // what dies sooner after its beginning the supervisor takes for hopeless
 constexpr unsigned deaths_in_a_row = 5;       // half of what makes the supervisor give up
 constexpr std::uint64_t until_point_ns = 300 * ms;

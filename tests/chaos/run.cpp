@@ -10,12 +10,6 @@
 #include <unistd.h>
 
 namespace dirtyring::chaos {
-namespace {
-
-constexpr std::uint64_t ms = 1'000'000;
-
-} // namespace
-
 Run::Run(const Options &options)
     : shared_(options, directory_.path() + "/socket"), service_(options, directory_.path(), signals_),
       visitor_(shared_, signals_, "visitor", [this](std::uint64_t seed) { run_visitor(shared_, seed); })

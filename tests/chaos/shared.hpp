@@ -19,6 +19,7 @@
 namespace dirtyring::chaos {
 
 using migrate::now_ns;
+inline constexpr std::uint64_t ms = 1'000'000; // ns
 
 struct DeviceState {
     Word inside;      // 1: it is within a section

@@ -12,7 +12,6 @@ namespace {
 
 constexpr std::uint32_t linger_ms = 60'000; // longer than any successor takes
 constexpr std::uint32_t stall_ms = 100;
-constexpr std::uint64_t ms = 1'000'000;
 
 } // namespace
 

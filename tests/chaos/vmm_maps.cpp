@@ -11,7 +11,6 @@
 namespace dirtyring::chaos {
 namespace {
 
-constexpr std::uint64_t ms = 1'000'000;
 constexpr unsigned changes_max = 4;
 
 } // namespace
