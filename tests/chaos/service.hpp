@@ -4,7 +4,7 @@
 #include "client/migrate/signals.hpp"
 #include "ring/region.hpp"
 #include "tests/chaos/options.hpp"
-#include "tests/die_plan.hpp"
+#include "tests/service/die_plan.hpp"
 
 #include <cstdint>
 #include <deque>

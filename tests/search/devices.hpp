@@ -57,7 +57,8 @@ class Devices
     void service_died();
 
   private:
-    // unanswered: the worker died before its attach or detach was answered. Until it has said ATTACH again it does no DMA.
+    // unanswered: the worker died before its attach or detach was answered. Until it has said ATTACH again it does no
+    // DMA.
     enum class Stage { attaching, attached, leaving, unanswered, dead, burying };
     struct Dma {
         std::uint64_t page; // OA

@@ -1,6 +1,6 @@
 // Searches the states of the engine at random: tests/search/README.md.
-#include "tests/hook.hpp"
-#include "tests/oracle.hpp"
+#include "tests/engine/hook.hpp"
+#include "tests/engine/oracle.hpp"
 #include "tests/search/fault_names.hpp"
 #include "tests/search/isolated.hpp"
 

@@ -1,4 +1,5 @@
-// Who wrote what, and whether the VMM has it: as tests/oracle.hpp, for memory of which few pages are ever written.
+// Who wrote what, and whether the VMM has it: as tests/engine/oracle.hpp, for memory of which few pages are ever
+// written.
 #pragma once
 
 #include "tests/search/world.hpp"

@@ -1,7 +1,7 @@
 // A schedule that the search has found, as a test: nothing goes wrong in it any more, unless its rule is broken again.
 #pragma once
 
-#include "tests/hook.hpp"
+#include "tests/engine/hook.hpp"
 #include "tests/search/isolated.hpp"
 
 #include <gtest/gtest.h>

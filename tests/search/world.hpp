@@ -10,7 +10,7 @@
 #include "ring/consumer.hpp"
 #include "ring/producer.hpp"
 #include "service/commands/command_journal.hpp"
-#include "tests/rig.hpp"
+#include "tests/engine/rig.hpp"
 #include "tests/search/attributes.hpp"
 #include "tests/search/coverage.hpp"
 
