@@ -73,7 +73,8 @@ class AnyDmaThread
     }
 
   private:
-    using Engine = std::variant<DmaThread<AmdV1>, DmaThread<VtdSs>, DmaThread<SmmuV3S2>, DmaThread<SmmuV3S1>>;
+    template <class... F> using OneOf = std::variant<DmaThread<F>...>;
+    using Engine = Formats::Of<OneOf>;
 
     Engine engine_;
 };

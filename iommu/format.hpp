@@ -81,6 +81,7 @@ concept Format = requires(std::uint64_t entry, std::uint64_t &live, unsigned lev
     { F::oa_lg2 } -> std::convertible_to<unsigned>;       // OAs are below 2^oa_lg2
     { F::always_on } -> std::convertible_to<bool>;        // what is tracked can be written only while the context
                                                           // tracks
+    { F::coherent_only } -> std::convertible_to<bool>;    // only hardware whose walks are coherent sets D
     { F::sizes(level) } -> std::same_as<std::uint64_t>;   // bit n: a leaf at this level may have 2^n bytes
     { F::leaf(entry, lg2, rights, flag) } -> std::same_as<std::uint64_t>; // of an OA; tracked
     { F::table(entry, level) } -> std::same_as<std::uint64_t>;            // of a table index; level of the table named

@@ -29,6 +29,7 @@ struct AmdV1 {
     static constexpr unsigned levels_max = 6;
     static constexpr unsigned oa_lg2 = 52;
     static constexpr bool always_on = false;
+    static constexpr bool coherent_only = false;
 
     static constexpr std::uint64_t present = 1ull << 0;
     static constexpr std::uint64_t accessed_bit = 1ull << 5;

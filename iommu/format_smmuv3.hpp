@@ -39,6 +39,7 @@ template <unsigned Stage> struct SmmuV3 {
     static constexpr unsigned levels_max = 4;
     static constexpr unsigned oa_lg2 = 48;
     static constexpr bool always_on = true;
+    static constexpr bool coherent_only = false;
 
     static constexpr std::uint64_t type_mask = 3;
     static constexpr std::uint64_t type_block = 1;

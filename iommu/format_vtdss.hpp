@@ -26,6 +26,7 @@ struct VtdSs {
     static constexpr unsigned levels_max = 5;
     static constexpr unsigned oa_lg2 = 52;
     static constexpr bool always_on = false;
+    static constexpr bool coherent_only = true;
 
     static constexpr std::uint64_t read_bit = 1ull << 0;
     static constexpr std::uint64_t write_bit = 1ull << 1;

@@ -10,13 +10,21 @@
 
 namespace dirtyring::iommu {
 
-// Calls visit(F{}) of each format, in the order of their numbers.
+// `Of`: a template made of all of them.
+template <Format... F> struct FormatList {
+    template <template <class...> class T> using Of = T<F...>;
+};
+
+using Formats = FormatList<AmdV1, VtdSs, SmmuV3S2, SmmuV3S1>;
+
+// Calls visit(F{}) of each format, in the order of the list.
 template <class Visit> constexpr void for_each_format(Visit visit)
 {
-    visit(AmdV1{});
-    visit(VtdSs{});
-    visit(SmmuV3S2{});
-    visit(SmmuV3S1{});
+    [&]<Format... F>(FormatList<F...>)
+    {
+        (visit(F{}), ...);
+    }
+    (Formats{});
 }
 
 // format: enum dr_format.
@@ -27,20 +35,20 @@ constexpr bool knows_format(unsigned format)
     return known;
 }
 
+template <Format First, Format... Rest, class Visit>
+constexpr auto with_format(FormatList<First, Rest...> /*formats*/, unsigned format, Visit &&visit)
+{
+    if constexpr (sizeof...(Rest) == 0)
+        return visit(First{});
+    else
+        return format == First::id ? visit(First{}) : with_format(FormatList<Rest...>{}, format, visit);
+}
+
 // visit(F{}) of the format, which is known.
 template <class Visit> constexpr auto with_format(unsigned format, Visit visit)
 {
     assert(knows_format(format));
-    switch (format) {
-    case VtdSs::id:
-        return visit(VtdSs{});
-    case SmmuV3S2::id:
-        return visit(SmmuV3S2{});
-    case SmmuV3S1::id:
-        return visit(SmmuV3S1{});
-    default:
-        return visit(AmdV1{});
-    }
+    return with_format(Formats{}, format, visit);
 }
 
 } // namespace dirtyring::iommu

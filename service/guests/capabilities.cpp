@@ -53,7 +53,9 @@ bool Capabilities::walks(std::uint32_t format) const
 
 bool Capabilities::tracks(std::uint32_t format) const
 {
-    return (flags & DR_DEVICE_CAN_TRACK) != 0 && (format != DR_FORMAT_VTDSS || (flags & DR_DEVICE_COHERENT) != 0);
+    const bool coherent_only =
+        iommu::knows_format(format) && iommu::with_format(format, [](auto f) { return f.coherent_only; });
+    return (flags & DR_DEVICE_CAN_TRACK) != 0 && (!coherent_only || (flags & DR_DEVICE_COHERENT) != 0);
 }
 
 std::string Capabilities::why_not(std::uint32_t format) const

@@ -1,4 +1,5 @@
 // Hwpts whose devices set D from the start: what enable and disable are then, and what death and restart find.
+#include "tests/engine/each_format.hpp"
 #include "tests/engine/rig.hpp"
 
 #include <gtest/gtest.h>
@@ -34,11 +35,7 @@ class AlwaysOn : public testing::TestWithParam<unsigned>
     }
 };
 
-INSTANTIATE_TEST_SUITE_P(Formats, AlwaysOn,
-                         testing::Values(iommu::AmdV1::id, iommu::VtdSs::id, iommu::SmmuV3S2::id, iommu::SmmuV3S1::id),
-                         [](const auto &info) {
-                             return std::string(iommu::with_format(info.param, [](auto f) { return f.name; }));
-                         });
+EACH_FORMAT(AlwaysOn);
 
 TEST_P(AlwaysOn, DevicesMarkFromTheStart)
 {

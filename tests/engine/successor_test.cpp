@@ -1,6 +1,7 @@
 // What the successor of a shard's owner must know beyond leaves: which tables have memory, what was half linked, which
 // marker is due, what went on in the background.
 #include "tests/engine/death_at.hpp"
+#include "tests/engine/each_format.hpp"
 #include "tests/engine/hook.hpp"
 #include "tests/engine/rig.hpp"
 
@@ -18,8 +19,7 @@ constexpr std::uint64_t P = page_size;
 class Successor : public testing::TestWithParam<unsigned>
 {
 };
-INSTANTIATE_TEST_SUITE_P(Formats, Successor,
-                         testing::Values(iommu::AmdV1::id, iommu::VtdSs::id, iommu::SmmuV3S2::id, iommu::SmmuV3S1::id));
+EACH_FORMAT(Successor);
 
 // The lowest tables of a GiB, but for the last, are linked by one owner, the last by another, which asks for a large
 // page. Pages lost, and faults, when what may be given back was.

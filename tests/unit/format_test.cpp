@@ -159,11 +159,10 @@ template <class F> class Conformance : public testing::Test
     std::mt19937_64 random_{7};
 };
 
-using Formats = testing::Types<AmdV1, VtdSs, SmmuV3S2, SmmuV3S1>;
 struct FormatNames {
     template <class F> static std::string GetName(int /*index*/) { return F::name; }
 };
-TYPED_TEST_SUITE(Conformance, Formats, FormatNames);
+TYPED_TEST_SUITE(Conformance, Formats::Of<testing::Types>, FormatNames);
 
 TYPED_TEST(Conformance, IsFoundByItsNumber)
 {
