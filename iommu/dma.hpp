@@ -4,10 +4,10 @@
 // checked. The translation region is the service's and read-only, its header was checked by TranslationView::open.
 #pragma once
 
-#include "iommu/fault.hpp"
 #include "iommu/format.hpp"
 #include "iommu/geometry.hpp"
 #include "iommu/pins.hpp"
+#include "iommu/rules.hpp"
 #include "iommu/section.hpp"
 #include "iommu/summary.hpp"
 
@@ -152,7 +152,7 @@ class TranslationView
     {
         if (table >= h_.top_tables)
             return table;
-        if (fault(Fault::summary_shared))
+        if (broken(Rule::summary_shared))
             return first_table(h_, 0);
         const std::uint64_t in_slice = iova & ((1ull << h_.slice_lg2) - 1);
         return first_table(h_, shard(iova)) + (in_slice >> top_span_lg2);
@@ -179,14 +179,14 @@ template <Format F> class DmaThread
 
     void enter()
     {
-        if (!(fault(Fault::section_over_io) && section_.inside()))
+        if (!(broken(Rule::section_over_io) && section_.inside()))
             section_.enter();
     }
 
     // Bit i: shard i's walker sleeps and must be rung.
     [[nodiscard]] std::uint64_t leave()
     {
-        if (!(fault(Fault::section_over_io) && pins_.count() > 0))
+        if (!(broken(Rule::section_over_io) && pins_.count() > 0))
             section_.leave();
         const std::uint64_t turned = std::exchange(turned_, 0);
         const std::uint64_t given_back = std::exchange(given_back_, 0);
@@ -195,8 +195,8 @@ template <Format F> class DmaThread
             const auto shard = static_cast<unsigned>(std::countr_zero(owed));
             const std::uint64_t bit = owed & -owed;
             const std::uint64_t asleep = view_.asleep(shard);
-            if ((asleep != DR_AWAKE && (turned & bit) != 0 && !fault(Fault::no_doorbell)) ||
-                (asleep == DR_ASLEEP_PINS && (given_back & bit) != 0 && !fault(Fault::no_pin_bell)))
+            if ((asleep != DR_AWAKE && (turned & bit) != 0 && !broken(Rule::no_doorbell)) ||
+                (asleep == DR_ASLEEP_PINS && (given_back & bit) != 0 && !broken(Rule::no_pin_bell)))
                 bells |= bit;
         }
         return bells;
@@ -234,15 +234,15 @@ template <Format F> class DmaThread
         fault = {iova, FaultReason::aperture, write, 0};
         if (last < iova || last >> view_.header().aperture_lg2 != 0)
             return -EFAULT;
-        const bool closed_before = dirtyring::fault(Fault::pin_after_look) && view_.closed(iova, last);
+        const bool closed_before = broken(Rule::pin_after_look) && view_.closed(iova, last);
         point(Point::device_before_pin);
         const std::optional<unsigned> taken = pins_.take({iova, last, write});
         if (!taken)
             return -EAGAIN;
-        if (dirtyring::fault(Fault::pin_after_look) ? closed_before : view_.closed(iova, last)) // P1
+        if (broken(Rule::pin_after_look) ? closed_before : view_.closed(iova, last)) // P1
             fault = {iova, FaultReason::closed, write, 0};
         else
-            fault = for_pieces(iova, length, write, dirtyring::fault(Fault::mark_before_data),
+            fault = for_pieces(iova, length, write, broken(Rule::mark_before_data),
                                [&](std::byte *host, std::uint64_t, std::uint64_t n) { piece(host, n); });
         if (fault.reason != FaultReason::none) {
             give_back(*taken);
@@ -263,7 +263,7 @@ template <Format F> class DmaThread
     {
         const PinRange range = pins_.range(slot);
         DmaFault fault;
-        if (range.write && !dirtyring::fault(Fault::mark_before_data))
+        if (range.write && !broken(Rule::mark_before_data))
             fault = for_pieces(range.start, range.last - range.start + 1, true, true, [](auto...) {});
         give_back(slot);
         return fault;
@@ -348,7 +348,7 @@ template <Format F> class DmaThread
         Cached &middle = middle_[(iova >> middle_lg2) % middle_sets];
         if (middle.generation == generation && middle.piece == iova >> middle_lg2)
             return use(middle, middle_lg2, iova, write, mark, host, contiguous);
-        if (fault(Fault::iotlb_across_regions) && large.piece == iova >> large_lg2)
+        if (broken(Rule::iotlb_across_regions) && large.piece == iova >> large_lg2)
             return use(large, large_lg2, iova, write, mark, host, contiguous);
         if (large.generation == generation && large.piece == iova >> large_lg2)
             return use(large, large_lg2, iova, write, mark, host, contiguous);
@@ -399,7 +399,7 @@ template <Format F> class DmaThread
             rights.read &= e.rights.read;
             rights.write &= e.rights.write;
             if (e.kind == EntryKind::none)
-                return ((breaking & 1) != 0 || view_.breaking(iova) != breaking) && !fault(Fault::break_taken_for_fault)
+                return ((breaking & 1) != 0 || view_.breaking(iova) != breaking) && !broken(Rule::break_taken_for_fault)
                            ? FaultReason::stalled
                            : FaultReason::not_present;
             if (e.kind == EntryKind::table) {
@@ -431,7 +431,7 @@ template <Format F> class DmaThread
             if (base == nullptr)
                 return FaultReason::memory;
             point(Point::device_before_tag);
-            if (fault(Fault::tag_after_walk))
+            if (broken(Rule::tag_after_walk))
                 generation = view_.generation(iova);
             if (level == 0 || (seen & F::nt) == 0)
                 cached(iova, lg2) = {generation, iova >> lg2,      base, entry, seen, word, index,
@@ -477,12 +477,12 @@ template <Format F> class DmaThread
             if (wanted == now)
                 return true;
             const bool cleans = dirty && !F::dirty(now);
-            if (fault(Fault::summary_without_order) && cleans)
+            if (broken(Rule::summary_without_order) && cleans)
                 summarize(word, index, iova);
-            if (fault(Fault::summary_without_order))
+            if (broken(Rule::summary_without_order))
                 point(Point::device_between_dirty_and_summary);
             if (live.compare_exchange_weak(now, wanted, std::memory_order_seq_cst)) { // S4
-                if (cleans && !fault(Fault::summary_without_order)) {
+                if (cleans && !broken(Rule::summary_without_order)) {
                     point(Point::device_between_dirty_and_summary);
                     summarize(word, index, iova);
                 }

@@ -2,9 +2,9 @@
 // S3).
 #pragma once
 
-#include "iommu/fault.hpp"
 #include "iommu/grace.hpp"
 #include "iommu/layout.h"
+#include "iommu/rules.hpp"
 #include "iommu/section.hpp"
 
 #include <cstddef>
@@ -32,7 +32,7 @@ class Invalidation
     // Advances what was touched, then begins to wait for those who entered before. `before_advance` is for faults.
     template <class BeforeAdvance> void begin(BeforeAdvance before_advance)
     {
-        if (fault(Fault::sample_before_advance))
+        if (broken(Rule::sample_before_advance))
             grace_.begin(cells_);
         point(Point::walker_before_advance);
         before_advance();
@@ -41,7 +41,7 @@ class Invalidation
         touched_.clear();
         if (touched_.capacity() > regions_kept)
             touched_.shrink_to_fit(); // enabling touches everything; a sweep never does
-        if (!fault(Fault::sample_before_advance))
+        if (!broken(Rule::sample_before_advance))
             grace_.begin(cells_);
     }
 
@@ -49,7 +49,7 @@ class Invalidation
     void begin_grace() { grace_.begin(cells_); }
 
     [[nodiscard]] bool running() const { return grace_.running(); }
-    [[nodiscard]] bool passed() { return fault(Fault::no_grace) || grace_.passed(); }
+    [[nodiscard]] bool passed() { return broken(Rule::no_grace) || grace_.passed(); }
     [[nodiscard]] const dr_cell *waits_for() const { return grace_.waits_for(); }
     void end() { grace_.end(); }
 

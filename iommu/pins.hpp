@@ -1,8 +1,8 @@
 // Pins: DMA in flight without a section (edges P1 to P4 of iommu/layout.h).
 #pragma once
 
-#include "iommu/fault.hpp"
 #include "iommu/layout.h"
+#include "iommu/rules.hpp"
 
 #include <algorithm>
 #include <atomic>

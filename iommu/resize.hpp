@@ -58,7 +58,7 @@ template <Format F> class Resizer
     void restore()
     {
         for (const std::uint64_t table : slice_.take_unlinked()) {
-            if (how_ == Break::none || fault(Fault::relinked_at_once))
+            if (how_ == Break::none || broken(Rule::relinked_at_once))
                 tables_.link_parent(table);
             else
                 begin_link(table);
@@ -92,7 +92,7 @@ template <Format F> class Resizer
             }
             budget -= std::min(budget, cost);
             // No larger than the record allows already: it has the larger leaves at any time.
-            const unsigned lg2 = fault(Fault::split_raises_limit) ? r.lg2 : std::min(r.lg2, e->leaf_lg2);
+            const unsigned lg2 = broken(Rule::split_raises_limit) ? r.lg2 : std::min(r.lg2, e->leaf_lg2);
             if (leaf.replicas() > 1) {
                 if (const int error = split_replicas(*e, leaf, lg2); error != 0)
                     return error;
@@ -182,7 +182,7 @@ template <Format F> class Resizer
             any |= swap(leaf.entries[i], part);
             point(Point::split_replica);
         }
-        for (unsigned i = 0; any && i < leaf.replicas() && !fault(Fault::naive_replicated_split); ++i) {
+        for (unsigned i = 0; any && i < leaf.replicas() && !broken(Rule::naive_replicated_split); ++i) {
             F::make_dirty(leaf.entries[i]);
             tables_.mark(leaf.iova + (std::uint64_t{i} << entry_lg2(leaf.level)), leaf.level);
         }
@@ -246,7 +246,7 @@ template <Format F> class Resizer
         if (slice_.reserve_limit() != 0)
             return -ENOMEM;
         std::uint64_t end = std::min(e.end, r.end);
-        if (!fault(Fault::collapse_cuts_leaf)) {
+        if (!broken(Rule::collapse_cuts_leaf)) {
             if (const Leaf first = slice_.find(r.at); first.iova < r.at)
                 r.at = first.end();
             if (const Leaf last = slice_.find(end - 1); last.end() > end)
@@ -300,7 +300,7 @@ template <Format F> class Resizer
         if (!all_leaves(tables_.entries(table), table_entries, level - 1))
             return cost;
         std::uint64_t leaf = slice_.entry_for(e, block, lg2);
-        if (fault(Fault::naive_collapse) && read(table).dirty)
+        if (broken(Rule::naive_collapse) && read(table).dirty)
             leaf = F::accessed(leaf, true);
         if (how_ == Break::stall)
             begin_break();
@@ -321,7 +321,7 @@ template <Format F> class Resizer
         const unsigned level = tables_.level_of(c.table) + 1;
         std::uint64_t &entry = tables_.entry(iova, level);
         std::atomic_ref live(entry);
-        const Found found = fault(Fault::naive_collapse) ? Found{} : read(c.table);
+        const Found found = broken(Rule::naive_collapse) ? Found{} : read(c.table);
         if (how_ == Break::stall)
             live.store(c.leaf, std::memory_order_seq_cst);
         else if (how_ == Break::not_cached)

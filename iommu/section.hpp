@@ -1,8 +1,8 @@
 // Sections and grace periods (edges S1, S3 of iommu/layout.h).
 #pragma once
 
-#include "iommu/fault.hpp"
 #include "iommu/layout.h"
+#include "iommu/rules.hpp"
 
 #include <atomic>
 #include <cstdint>
@@ -18,7 +18,7 @@ class Section
     void enter()
     {
         std::atomic_ref count(cell_->count);
-        if (fault(Fault::section_without_order))
+        if (broken(Rule::section_without_order))
             count.store(++count_, std::memory_order_release);
         else
             count.store(++count_, std::memory_order_seq_cst); // S3: before any generation is loaded
@@ -27,7 +27,7 @@ class Section
     void leave()
     {
         std::atomic_ref count(cell_->count);
-        if (fault(Fault::leave_relaxed))
+        if (broken(Rule::leave_relaxed))
             count.store(++count_, std::memory_order_relaxed);
         else
             count.store(++count_, std::memory_order_release); // S1: after the data
@@ -68,7 +68,7 @@ class SampledCell
 inline void advance(std::uint64_t &generation)
 {
     std::atomic_ref word(generation);
-    if (fault(Fault::advance_plain))
+    if (broken(Rule::advance_plain))
         word.store(word.load(std::memory_order_relaxed) + 1, std::memory_order_release);
     else
         word.fetch_add(1, std::memory_order_seq_cst);

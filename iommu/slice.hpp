@@ -9,10 +9,10 @@
 #pragma once
 
 #include "iommu/extent_map.hpp"
-#include "iommu/fault.hpp"
 #include "iommu/format.hpp"
 #include "iommu/geometry.hpp"
 #include "iommu/line_scan.hpp"
+#include "iommu/rules.hpp"
 #include "iommu/slice_record.hpp"
 #include "iommu/slice_tables.hpp"
 #include "iommu/summary.hpp"
@@ -94,7 +94,7 @@ template <Format F> class Slice
         std::optional<Extent> first = extents_.first_in(start, end);
         for (const Extent &e : begun_) {
             if (e.start < end && e.end > start && (!first || e.start < first->start) &&
-                !fault(Fault::death_skips_begun))
+                !broken(Rule::death_skips_begun))
                 first = e;
         }
         return first;

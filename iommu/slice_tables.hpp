@@ -9,9 +9,9 @@
 #pragma once
 
 #include "iommu/backing.hpp"
-#include "iommu/fault.hpp"
 #include "iommu/format.hpp"
 #include "iommu/geometry.hpp"
+#include "iommu/rules.hpp"
 #include "iommu/slice_record.hpp"
 
 #include <algorithm>
@@ -50,7 +50,7 @@ template <Format F> class SliceTables
         std::vector<std::uint64_t> unlinked;
         const std::uint64_t end = words() * 64;
         for (std::uint64_t t = next_linked(first_[top_level - 1], end); t < end; t = next_linked(t + 1, end)) {
-            if (!fault(Fault::present_forgotten))
+            if (!broken(Rule::present_forgotten))
                 set(present_, t / granule_tables);
             const std::uint64_t link = link_to(t);
             if (const std::uint64_t now = std::atomic_ref(parent_entry(t)).load(std::memory_order_relaxed);
@@ -152,7 +152,7 @@ template <Format F> class SliceTables
     // The table is as devices shall find it: should the owner die now, the next one links it.
     void note(std::uint64_t table)
     {
-        assert(test(present_, table / granule_tables) || fault(Fault::present_forgotten));
+        assert(test(present_, table / granule_tables) || broken(Rule::present_forgotten));
         record_.link(table);
         point(Point::map_table_noted);
         const std::uint64_t large = table / large_page_tables;
@@ -174,7 +174,7 @@ template <Format F> class SliceTables
     {
         std::atomic_ref parent(parent_entry(table));
         std::uint64_t seen = parent.load(std::memory_order_seq_cst);
-        if (F::dirty(seen) && !fault(Fault::split_drops_dirty))
+        if (F::dirty(seen) && !broken(Rule::split_drops_dirty))
             make_dirty(table);
         point(Point::leaf_seen);
         if (parent.compare_exchange_strong(seen, replacement(seen), std::memory_order_seq_cst))
@@ -261,7 +261,7 @@ template <Format F> class SliceTables
     // The summary of one entry, in the owner's name; after D (S4).
     void mark(std::uint64_t iova, unsigned level)
     {
-        if (!fault(Fault::resized_not_summarized))
+        if (!broken(Rule::resized_not_summarized))
             static_cast<void>(mark_line(tables_, first_table_ + number(iova, level), entry_index(iova, level)));
         dirtied_ = true;
     }

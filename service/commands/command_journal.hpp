@@ -27,7 +27,7 @@
 // One thread: the home walker's.
 #pragma once
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "ring/layout.h"
 
 #include <algorithm>
@@ -109,7 +109,7 @@ class CommandJournal
         r.request = request;
         r.index = index;
         r.note = 0;
-        if (!fault(Fault::commands_not_recorded))
+        if (!broken(Rule::commands_not_recorded))
             record_word(r.state, CommandRecord::taken); // J1
         return r;
     }
@@ -117,14 +117,14 @@ class CommandJournal
     static void begin(CommandRecord &r, std::uint64_t epoch)
     {
         r.epoch = epoch;
-        if (!fault(Fault::commands_not_recorded))
+        if (!broken(Rule::commands_not_recorded))
             record_word(r.state, CommandRecord::begun); // J3
     }
 
     static void roll_back(CommandRecord &r, int result)
     {
         r.completion.result = result;
-        if (!fault(Fault::commands_not_recorded))
+        if (!broken(Rule::commands_not_recorded))
             record_word(r.state, CommandRecord::rolling_back); // J4
     }
 

@@ -277,7 +277,7 @@ int Commands::start_unmap(CommandRecord &record)
         return empty_ok ? (complete(record, 0, end - request.iova, 0), 0) : -ENOENT;
     // Whether it is used the shard says that the unmap begins in: an ENABLE may overtake it.
     std::uint64_t epoch = 0;
-    if (route->tracks && route->epochs && (route->record->enabled != 0 || !fault(Fault::epoch_at_submission))) {
+    if (route->tracks && route->epochs && (route->record->enabled != 0 || !broken(Rule::epoch_at_submission))) {
         // Counted before it is used: a death in between skips one, and none is used twice.
         record_word(route->record->epoch, route->record->epoch + 1);
         epoch = route->record->epoch & payload_mask;

@@ -48,7 +48,7 @@ void Commands::restored()
         else
             start_again(*record);
     }
-    if (!fault(Fault::restart_without_call))
+    if (!broken(Rule::restart_without_call))
         call_();
 }
 

@@ -1,7 +1,7 @@
 // Devices: how they attach, leave, and die; and the processes of devices and front-ends.
 #include "service/control/control.hpp"
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "service/guests/peer_fds.hpp"
 
 #include <spdlog/spdlog.h>

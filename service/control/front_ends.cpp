@@ -1,7 +1,7 @@
 // Guests as a whole: how one comes, changes hands, waits for a front-end, and goes.
 #include "service/control/control.hpp"
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "service/guests/peer_fds.hpp"
 
 #include <spdlog/spdlog.h>
@@ -135,7 +135,7 @@ void Control::take_over(Connection &c, const std::shared_ptr<Guest> &guest, cons
 std::vector<Control::Work> Control::look_again_at(const Guest &guest)
 {
     std::vector<Work> works;
-    if (fault(Fault::takeover_wakes_nobody))
+    if (broken(Rule::takeover_wakes_nobody))
         return works;
     works.emplace_back(guest.home, [commands = guest.commands.get()] { commands->stirred().set(); });
     for (const auto &[id, hwpt] : guest.hwpts) {

@@ -1,7 +1,7 @@
 // What the control plane does for each request of ring/control.h, but for guests and devices as a whole.
 #include "service/control/control.hpp"
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "service/guests/peer_fds.hpp"
 
 #include <fmt/format.h>

@@ -1,7 +1,7 @@
 // After a restart: takes up the guests that another service has left in the store.
 #include "service/control/control.hpp"
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "service/guests/rings_left.hpp"
 
 #include <spdlog/spdlog.h>
@@ -134,7 +134,7 @@ Result<void> Control::take_up_hwpts(Guest &guest)
     if (IoasSlot *slot = slot_of_id(record.ioases, destroyed))
         free_slot_again(*slot);
     if (HwptSlot *slot = slot_of_id(record.hwpts, destroyed)) {
-        if (!fault(Fault::destroy_not_ended))
+        if (!broken(Rule::destroy_not_ended))
             RingsLeft(store_, guest.number(), destroyed).end();
         free_slot_again(*slot);
         point(Point::object_forgotten);

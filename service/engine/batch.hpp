@@ -114,7 +114,7 @@ template <iommu::Format F> class Batch
             const unsigned bit = rest & -rest;
             const unsigned i = line.line * iommu::line_entries + static_cast<unsigned>(std::countr_zero(rest));
             const iommu::Leaf leaf =
-                fault(Fault::replica_reported_alone) ? slice_.entry_alone(table, i) : slice_.leaf(table, i);
+                broken(Rule::replica_reported_alone) ? slice_.entry_alone(table, i) : slice_.leaf(table, i);
             const bool replicas = leaf.replicas() > 1;
             if (replicas && !leaves_.empty() && leaves_.back().entries == leaf.entries)
                 continue; // by another replica

@@ -30,14 +30,14 @@ template <iommu::Format F> class LeafSizes
         resizer_.restore();
         if (reporting)
             begin_reporting();
-        else if (slice_.kept().collapsing() && !fault(Fault::collapse_forgotten))
+        else if (slice_.kept().collapsing() && !broken(Rule::collapse_forgotten))
             end_reporting();
     }
 
     // Dirt is reported from here on, or no more.
     void begin_reporting()
     {
-        if (!fault(Fault::collapse_goes_on))
+        if (!broken(Rule::collapse_goes_on))
             end_background(); // a collapse would widen what is reported
         if (policy_.split != DR_SPLIT_EAGER)
             return;

@@ -31,12 +31,12 @@ template <iommu::Format F> class LeafTaker
             ring->begin();
         while (budget > 0 && reached < end && !taken.full) {
             collect(reached, end, ring, taken.full);
-            if (ring != nullptr && !fault(Fault::take_before_stage))
+            if (ring != nullptr && !broken(Rule::take_before_stage))
                 ring->stage();
             point(Point::unmap_staged);
             budget -= std::min(budget, std::max(1u, static_cast<unsigned>(found_.size())));
             swap_out(reached, ring, taken);
-            if (ring != nullptr && fault(Fault::take_before_stage)) {
+            if (ring != nullptr && broken(Rule::take_before_stage)) {
                 point(Point::unmap_taken_out);
                 ring->stage();
             }
@@ -96,7 +96,7 @@ template <iommu::Format F> class LeafTaker
             const iommu::Leaf leaf = slice_.find(at);
             const bool report = ring != nullptr && slice_.is_dirty(leaf);
             if (report && no_room(*ring, leaf)) {
-                if (!fault(Fault::leaf_left_in_part))
+                if (!broken(Rule::leaf_left_in_part))
                     put_back_missing(leaf); // it stays mapped
                 full = true;
                 break;
@@ -104,7 +104,7 @@ template <iommu::Format F> class LeafTaker
             found_.push_back({leaf, report});
             at = leaf.end();
         }
-        if (found_.empty() && (!full || !fault(Fault::hole_not_counted)))
+        if (found_.empty() && (!full || !broken(Rule::hole_not_counted)))
             reached = at; // a worker before may have unmapped what is a hole now
     }
 

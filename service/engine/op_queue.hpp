@@ -72,7 +72,7 @@ class OpQueue
     {
         if (std::exchange(in_progress_, true))
             return false;
-        const bool open = fault(Fault::closes_for_devices_only) && !any_pins();
+        const bool open = broken(Rule::closes_for_devices_only) && !any_pins();
         if (is_unmap(queue_.front()) && !queue_.front().closed && !open)
             close(queue_.front());
         return true;
@@ -151,7 +151,7 @@ class OpQueue
     {
         unsigned budget = visit_slots_;
         std::erase_if(aside_, [&](Aside &a) {
-            if (!a.pins.passed(devices_, budget) && !fault(Fault::unmap_ignores_pins))
+            if (!a.pins.passed(devices_, budget) && !broken(Rule::unmap_ignores_pins))
                 return false;
             queue_.push_front(a.queued);
             return true;

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "iommu/extent_map.hpp"
-#include "iommu/fault.hpp"
 #include "iommu/line_scan.hpp"
+#include "iommu/rules.hpp"
 #include "ring/producer.hpp"
 #include "service/engine/run_writer.hpp"
 #include "service/engine/shard.hpp"
@@ -117,7 +117,7 @@ class Publisher
     {
         if (!unpublished())
             return false;
-        if (ring_.publish() && !fault(Fault::arm_without_look))
+        if (ring_.publish() && !broken(Rule::arm_without_look))
             call();
         return true;
     }

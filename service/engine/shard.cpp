@@ -81,7 +81,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (cancelled_)
             complete(op, -ECANCELED);
         else if (op.kind == ShardOp::Kind::sync && op.again && (*op.note & noted_) != 0 &&
-                 !fault(Fault::sync_marks_again))
+                 !broken(Rule::sync_marks_again))
             syncs_.push_back({&op, 0, 0, SyncPhase::marked, {slice_.start(), slice_.end(), true}});
         else if (op.kind == ShardOp::Kind::sync)
             syncs_.push_back(
@@ -122,7 +122,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         rest.busy = restored_ || op_can_go() || sizes_.owes_work();
         if (!rest.busy && waits_for_pins()) {
             fall_asleep(DR_ASLEEP_PINS);                                                 // P3
-            rest.busy = !fault(Fault::no_second_look) && (op_can_go() || sync_can_go()); // P3: look again
+            rest.busy = !broken(Rule::no_second_look) && (op_can_go() || sync_can_go()); // P3: look again
         }
         if (rest.busy)
             return rest;
@@ -131,11 +131,11 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (ring_->unpublished())
             rest.until_ns = now_ + recheck_ns;
         if (waits_for_consumer()) {
-            if (!fault(Fault::no_want_kick))
+            if (!broken(Rule::no_want_kick))
                 ring_->want_kick(true); // R5
             asked_for_kick_ = true;
             point(Point::walker_before_sleep);
-            rest.busy = !fault(Fault::no_second_look) && !waits_for_consumer(); // R5: look again
+            rest.busy = !broken(Rule::no_second_look) && !waits_for_consumer(); // R5: look again
             return rest;
         }
         if (sync_can_go() || pass_.running()) {
@@ -149,7 +149,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             return rest;
         }
         fall_asleep(waits_for_pins() ? DR_ASLEEP_PINS : DR_ASLEEP);          // S5
-        rest.busy = !fault(Fault::no_second_look) && slice_.any_table_bit(); // S5: look again
+        rest.busy = !broken(Rule::no_second_look) && slice_.any_table_bit(); // S5: look again
         return rest;
     }
 
@@ -180,10 +180,10 @@ template <iommu::Format F> class ShardOf final : public Shard
     void bury(const iommu::DmaThreads &threads, std::function<void()> reported) override
     {
         remove(threads);
-        if (tracking_ && !fault(Fault::death_ignores_pins))
+        if (tracking_ && !broken(Rule::death_ignores_pins))
             owed_.add(threads, slice_.start(), slice_.end());
-        const bool cleaning = cleaning_ && !fault(Fault::cleaned_for_good);
-        if ((tracking_ || cleaning) && !fault(Fault::no_full_scan_on_death))
+        const bool cleaning = cleaning_ && !broken(Rule::cleaned_for_good);
+        if ((tracking_ || cleaning) && !broken(Rule::no_full_scan_on_death))
             pass_.begin(true); // D without its summary: reported, or cleaned before any is
         reported_.push_back(std::move(reported));
         if (owed_.empty())
@@ -288,18 +288,18 @@ template <iommu::Format F> class ShardOf final : public Shard
         tell_devices(); // the owner before may have died in between
         sizes_.restore(tracking_);
         std::atomic_ref(control_->asleep).store(DR_AWAKE, std::memory_order_seq_cst);
-        if (fault(Fault::restart_opens_early))
+        if (broken(Rule::restart_opens_early))
             ops_.restore();
         if (ring_)
             ring_->want_kick(false);
-        if (tracking_ && !fault(Fault::restart_without_scan))
+        if (tracking_ && !broken(Rule::restart_without_scan))
             pass_.begin(true);
     }
 
     bool begin_again()
     {
         restored_ = false;
-        if (!fault(Fault::restart_without_advance))
+        if (!broken(Rule::restart_without_advance))
             touch_known();
         invalidate({.publish = true, .call = true});
         ops_.restore(); // not before: a device could pin by a translation that is taken out already
@@ -314,7 +314,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         after_ = after;
         waiting_since_ = now_;
         invalidation_.begin([this] {
-            if (fault(Fault::publish_before_advance))
+            if (broken(Rule::publish_before_advance))
                 publish();
         });
     }
@@ -337,7 +337,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             publish();
             point(Point::sweep_published);
         }
-        if (after.call && ring_ && !fault(Fault::restart_without_call)) {
+        if (after.call && ring_ && !broken(Rule::restart_without_call)) {
             ring_->call();
             point(Point::restart_published);
         }
@@ -397,7 +397,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             pass_.begin(false);
             pass_began_ = now_;
             pass_found_ = false;
-        } else if (dirtied && !fault(Fault::resized_behind_pass)) {
+        } else if (dirtied && !broken(Rule::resized_behind_pass)) {
             pass_.begin(false); // a sync covers what was dirty before, wherever it is now
         }
         batch_.begin();
@@ -413,12 +413,12 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (batch_.empty())
             return (full && publish()) || budget == 0; // a consumer cannot make room of what it does not see
         pass_found_ = true;
-        if (!fault(Fault::clear_before_stage))
+        if (!broken(Rule::clear_before_stage))
             ring_->stage();
         point(Point::sweep_staged);
         batch_.clean();
         point(Point::sweep_cleared);
-        if (fault(Fault::clear_before_stage))
+        if (broken(Rule::clear_before_stage))
             ring_->stage();
         invalidate({.publish = true});
         point(Point::sweep_advanced);
@@ -432,13 +432,13 @@ template <iommu::Format F> class ShardOf final : public Shard
             return false;
         iommu::PinWait &pins = syncs_.front().pins;
         unsigned budget = visit_.slots;
-        return syncs_.front().phase != SyncPhase::pins || fault(Fault::sync_ignores_pins) ||
+        return syncs_.front().phase != SyncPhase::pins || broken(Rule::sync_ignores_pins) ||
                pins.passed(ops_.devices(), budget) || !pins.sampled(ops_.devices());
     }
 
     [[nodiscard]] bool has_room_for_sync()
     {
-        const bool keeps = !ring_->oa_space() && !fault(Fault::sync_takes_last_slot);
+        const bool keeps = !ring_->oa_space() && !broken(Rule::sync_takes_last_slot);
         return ring_->room() > (keeps ? kept_by_sync : 0);
     }
 
@@ -456,10 +456,10 @@ template <iommu::Format F> class ShardOf final : public Shard
         switch (sync.phase) {
         case SyncPhase::pins:
             if (unsigned budget = visit_.slots;
-                !sync.pins.passed(ops_.devices(), budget) && !fault(Fault::sync_ignores_pins))
+                !sync.pins.passed(ops_.devices(), budget) && !broken(Rule::sync_ignores_pins))
                 return true; // there are slots still to be sampled
             // Behind the pins: they too may have found the D of a thread that has not come to the summary.
-            if (fault(Fault::no_leading_grace) || (fault(Fault::no_grace_after_pins) && sync.pins.met_any())) {
+            if (broken(Rule::no_leading_grace) || (broken(Rule::no_grace_after_pins) && sync.pins.met_any())) {
                 enter_phase(SyncPhase::pass);
             } else {
                 invalidation_.begin_grace();
@@ -552,7 +552,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             if (error == -EAGAIN)
                 return;
             if (error != 0) {
-                if (op.again && !fault(Fault::failed_map_not_scanned))
+                if (op.again && !broken(Rule::failed_map_not_scanned))
                     scan_begun(op);
                 return finish(op, error);
             }
@@ -565,7 +565,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         if (op.reached < op.end)
             return;
         slice_.recorded(op.start);
-        if (op.again && tracking_ && !fault(Fault::resumed_map_not_scanned))
+        if (op.again && tracking_ && !broken(Rule::resumed_map_not_scanned))
             pass_.begin(true); // leaves that were there may be dirty, and no sweep took them for mapped until now
         if (slice_.tables().has_retired()) {
             touch_retired();
@@ -578,7 +578,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     // report it. The roll-back is not recorded yet: another restart does the map again.
     void scan_begun(const ShardOp &op)
     {
-        slice_.give_up_begun(op.start, op.end, fault(Fault::failed_map_is_whole));
+        slice_.give_up_begun(op.start, op.end, broken(Rule::failed_map_is_whole));
         extents_changed();
         if (tracking_)
             pass_.begin(true);
@@ -598,10 +598,10 @@ template <iommu::Format F> class ShardOf final : public Shard
     void run_unmap(ShardOp &op)
     {
         const bool mark = is_marked(op);
-        if (op.again && !fault(Fault::begun_stays))
+        if (op.again && !broken(Rule::begun_stays))
             slice_.give_up_begun(op.start, op.end, true); // it is rolled back
         slice_.part(op.start);
-        if (op.epoch != 0 && !mark && tracking_ && !fault(Fault::unmap_passes_enable))
+        if (op.epoch != 0 && !mark && tracking_ && !broken(Rule::unmap_passes_enable))
             return end_before_reporting(op);
         // Before a restart it may have come to its end for want of room: then its marker may be there, and nothing more
         // that it takes out may come behind.
@@ -616,12 +616,12 @@ template <iommu::Format F> class ShardOf final : public Shard
             return finish(op, result); // what was taken out is forgotten after the marker
         }
         const bool report = ring_ && tracking_ && op.harvest != ShardOp::Harvest::discard;
-        if (fault(Fault::unmap_waits_for_room) && ring_ && ring_->slots_for_runs() == 0)
+        if (broken(Rule::unmap_waits_for_room) && ring_ && ring_->slots_for_runs() == 0)
             return;
         if (mark && !took_out_) {
             // Before a restart another may have taken leaves out: the slot that is kept is for its marker.
             const std::uint64_t due = slice_.kept().unmarked();
-            const bool yields = due != 0 && due != op.epoch && !fault(Fault::due_marker_forgotten);
+            const bool yields = due != 0 && due != op.epoch && !broken(Rule::due_marker_forgotten);
             if (yields || ring_->room() <= kept_by_unmap) {
                 publish();
                 return finish(op, -EAGAIN);
@@ -638,7 +638,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         const bool over = taken.full || op.reached == end;
         slice_.reclaim(op.start, op.reached);
         touch_retired();
-        if (taken.full && mark && op.reached > op.start && !fault(Fault::cut_not_noted))
+        if (taken.full && mark && op.reached > op.start && !broken(Rule::cut_not_noted))
             std::atomic_ref(*op.note).store(UnmapNote::decided | UnmapNote::marked | op.reached,
                                             std::memory_order_release); // for the restart, before the marker
         // Without room it is there already: a worker before has put it into the slot that is kept, and died.
@@ -646,7 +646,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             ring_->put_marker(DR_MARKER_EPOCH, op.epoch);
             point(Point::unmap_marked);
         }
-        if (!fault(Fault::unmap_without_grace))
+        if (!broken(Rule::unmap_without_grace))
             invalidate({.publish = op.harvest == ShardOp::Harvest::now || taken.full});
         point(Point::unmap_advanced);
         slice_.forget(from, op.reached);
@@ -664,7 +664,7 @@ template <iommu::Format F> class ShardOf final : public Shard
     {
         const std::uint64_t from = op.reached;
         const bool over =
-            fault(Fault::taken_out_stays_mapped) || taker_.skip_taken_out(op.reached, op.end, visit_.leaves);
+            broken(Rule::taken_out_stays_mapped) || taker_.skip_taken_out(op.reached, op.end, visit_.leaves);
         slice_.forget(from, op.reached);
         extents_changed();
         if (over)
@@ -715,7 +715,7 @@ template <iommu::Format F> class ShardOf final : public Shard
         set_tracking(true);
         sizes_.begin_reporting();
         point(Point::enable_armed);
-        if (fault(Fault::enable_without_advance))
+        if (broken(Rule::enable_without_advance))
             return finish(op, 0);
         touch_known();
         invalidate({});

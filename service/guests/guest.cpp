@@ -1,6 +1,6 @@
 #include "service/guests/guest.hpp"
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 
 #include <fmt/format.h>
 
@@ -44,7 +44,7 @@ std::optional<int> lock(int memfd)
     whole.l_whence = SEEK_SET;
     do {
         whole.l_type = F_WRLCK;
-        if (fault(Fault::no_lock) || ::fcntl(memfd, F_SETLK, &whole) == 0)
+        if (broken(Rule::no_lock) || ::fcntl(memfd, F_SETLK, &whole) == 0)
             return std::nullopt;
         ::fcntl(memfd, F_GETLK, &whole);
     } while (whole.l_type == F_UNLCK); // it has just gone

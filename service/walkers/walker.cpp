@@ -1,6 +1,6 @@
 #include "service/walkers/walker.hpp"
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 
 #include <algorithm>
 #include <ctime>
@@ -162,7 +162,7 @@ void Walker::reap()
         const auto it = bells_.find(bell);
         if (it == bells_.end()) // a call to a peer, or a poll that was cancelled
             return;
-        if (!fault(Fault::nap_ignores_bell)) {
+        if (!broken(Rule::nap_ignores_bell)) {
             for (Flock &flock : flocks_)
                 wake(flock, [&](const Owned &o) { return o.bell == bell; });
         }

@@ -1,5 +1,5 @@
 // A device: sections with several writes, and pins whose data lands later.
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "tests/chaos/children.hpp"
 
 #include <algorithm>

@@ -34,26 +34,26 @@ std::map<std::string, unsigned> all_kinds()
     return all;
 }
 
-struct Rule {
-    Fault fault;
+struct Broken {
+    Rule rule;
     Finding wanted; // what it leads to
 };
 // Of the service, those that chaos finds. Others need more luck than a run has.
-const std::map<std::string, Rule> rules{
-    {"no_grace", {Fault::no_grace, Finding::loss}},
-    {"publish_before_advance", {Fault::publish_before_advance, Finding::loss}},
-    {"unmap_without_grace", {Fault::unmap_without_grace, Finding::loss}},
-    {"no_full_scan_on_death", {Fault::no_full_scan_on_death, Finding::loss}},
-    {"arm_without_look", {Fault::arm_without_look, Finding::hang}},
-    {"clear_before_stage", {Fault::clear_before_stage, Finding::loss}},
-    {"restart_without_advance", {Fault::restart_without_advance, Finding::loss}},
-    {"restart_without_scan", {Fault::restart_without_scan, Finding::loss}},
-    {"restart_without_call", {Fault::restart_without_call, Finding::hang}},
-    {"resumed_map_not_scanned", {Fault::resumed_map_not_scanned, Finding::loss}},
-    {"commands_not_recorded", {Fault::commands_not_recorded, Finding::hang}},
-    {"present_forgotten", {Fault::present_forgotten, Finding::loss}},
-    {"epoch_at_submission", {Fault::epoch_at_submission, Finding::loss}},
-    {"destroy_not_ended", {Fault::destroy_not_ended, Finding::hang}},
+const std::map<std::string, Broken> rules{
+    {"no_grace", {Rule::no_grace, Finding::loss}},
+    {"publish_before_advance", {Rule::publish_before_advance, Finding::loss}},
+    {"unmap_without_grace", {Rule::unmap_without_grace, Finding::loss}},
+    {"no_full_scan_on_death", {Rule::no_full_scan_on_death, Finding::loss}},
+    {"arm_without_look", {Rule::arm_without_look, Finding::hang}},
+    {"clear_before_stage", {Rule::clear_before_stage, Finding::loss}},
+    {"restart_without_advance", {Rule::restart_without_advance, Finding::loss}},
+    {"restart_without_scan", {Rule::restart_without_scan, Finding::loss}},
+    {"restart_without_call", {Rule::restart_without_call, Finding::hang}},
+    {"resumed_map_not_scanned", {Rule::resumed_map_not_scanned, Finding::loss}},
+    {"commands_not_recorded", {Rule::commands_not_recorded, Finding::hang}},
+    {"present_forgotten", {Rule::present_forgotten, Finding::loss}},
+    {"epoch_at_submission", {Rule::epoch_at_submission, Finding::loss}},
+    {"destroy_not_ended", {Rule::destroy_not_ended, Finding::hang}},
 };
 const std::map<std::string, Only> parts{{"everything", Only::everything},
                                         {"service", Only::service},
@@ -93,13 +93,13 @@ std::variant<Options, int> parse_options(int argc, char **argv)
         ->check(CLI::Range(1, 8))
         ->capture_default_str();
     app.add_option("--only", options.only, "what is disturbed")->transform(CLI::CheckedTransformer(parts));
-    app.add_option("--fault", rule, "break this rule in the service; then the loss must be found, or the hang")
+    app.add_option("--break", rule, "break this rule in the service; then the loss must be found, or the hang")
         ->check(CLI::IsMember(&rules));
     app.add_option("--points", options.points, "where the service is killed, besides anywhere; all by default")
         ->delimiter(',')
         ->transform(CLI::CheckedTransformer(all_points()));
     app.footer("DIRTYRING_FULL=1 in the environment: --kills 1000 unless it is given.\n"
-               "Exit codes: 0 no loss and no hang, or, with --fault, the one that was to be found; 1 otherwise; "
+               "Exit codes: 0 no loss and no hang, or, with --break, the one that was to be found; 1 otherwise; "
                "2 wrong usage.");
     try {
         app.parse(argc, argv);
@@ -113,7 +113,7 @@ std::variant<Options, int> parse_options(int argc, char **argv)
     if (options.guests == 0)
         options.guests = static_cast<unsigned>(options.kinds.size());
     if (!rule.empty()) {
-        options.fault = rules.at(rule).fault;
+        options.rule = rules.at(rule).rule;
         options.wanted = rules.at(rule).wanted;
     }
     return options;

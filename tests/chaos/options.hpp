@@ -1,7 +1,7 @@
 // The command line of the chaos program.
 #pragma once
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 
 #include <cstdint>
 #include <string>
@@ -24,7 +24,7 @@ struct Options {
     std::vector<unsigned> kinds; // of guests, in turn: numbers of `layouts`
     unsigned devices = 2;        // of each guest
     Only only = Only::everything;
-    Fault fault = Fault::none; // broken in the service
+    Rule rule = Rule::none; // broken in the service
     Finding wanted = Finding::nothing;
     std::vector<Point> points; // where the service is killed
 

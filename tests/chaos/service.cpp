@@ -69,7 +69,7 @@ Service::Service(const Options &options, const std::string &directory, const mig
         throw migrate::system_failure(plan);
     plan_ = plan_map_.as<test::DiePlan>();
 
-    const std::string program = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "dirtyringd_faulty";
+    const std::string program = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "dirtyringd_breakable";
     const std::string log = directory + "/log";
     const std::string socket = directory + "/socket";
     supervisor_ = fork_part("supervisor", signals);
@@ -78,7 +78,7 @@ Service::Service(const Options &options, const std::string &directory, const mig
         ::dup2(to, STDERR_FILENO);
         ::close(to);
         ::setenv("DIRTYRING_DIE_PLAN", plan.c_str(), 1);
-        ::setenv("DIRTYRING_FAULT", std::to_string(static_cast<int>(options.fault)).c_str(), 1);
+        ::setenv("DIRTYRING_BREAK", std::to_string(static_cast<int>(options.rule)).c_str(), 1);
         ::execl(program.c_str(), "dirtyringd", "--supervise", "--socket-path", socket.c_str(), "--walkers", "2",
                 "--log-level", "info", nullptr);
         ::_exit(127);

@@ -1,7 +1,7 @@
 // The owner of a shard that dies at a place that has a name; another takes up what it has left.
 #pragma once
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "tests/engine/rig.hpp"
 
 namespace dirtyring::test {

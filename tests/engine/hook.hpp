@@ -1,7 +1,7 @@
-// Steps in between two instructions of the protocol (iommu/fault.hpp).
+// Steps in between two instructions of the protocol (iommu/rules.hpp).
 #pragma once
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 
 #include <functional>
 #include <utility>
@@ -38,9 +38,9 @@ class Hook
 class Breaking
 {
   public:
-    explicit Breaking(Fault f) { active_fault.store(f, std::memory_order_relaxed); }
+    explicit Breaking(Rule rule) { broken_rule.store(rule, std::memory_order_relaxed); }
     Breaking(const Breaking &) = delete;
-    ~Breaking() { active_fault.store(Fault::none, std::memory_order_relaxed); }
+    ~Breaking() { broken_rule.store(Rule::none, std::memory_order_relaxed); }
 };
 
 } // namespace dirtyring::test

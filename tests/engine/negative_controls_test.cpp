@@ -1,4 +1,4 @@
-// Negative controls: what a rule is good for shows when it is broken. Each enumerator of Fault has a scenario that
+// Negative controls: what a rule is good for shows when it is broken. Each enumerator of Rule has a scenario that
 // loses nothing and hangs nowhere as the engine is, and does one or the other once the rule is broken. Both halves run
 // the same code.
 //
@@ -246,7 +246,7 @@ Outcome stopped_device_detached()
     Rig rig;
     prepare(rig);
     const Hook hook(Point::device_before_tag, [&] {
-        if (fault(Fault::detach_stopped))
+        if (broken(Rule::detach_stopped))
             rig.detach(0);
         rig.submit(0, OpKind::sync);
         rig.settle();
@@ -327,129 +327,129 @@ Outcome consumer_asleep()
 struct Control {
     friend void PrintTo(const Control &c, std::ostream *out) { *out << c.name; }
 
-    Fault fault;
+    Rule rule;
     const char *name;
     Scenario scenario;
 };
 
-Control control(Fault fault)
+Control control(Rule rule)
 {
-    switch (fault) { // no default: who adds a fault adds a scenario
-    case Fault::none:
+    switch (rule) { // no default: a rule that is added needs a scenario
+    case Rule::none:
         break;
-    case Fault::tag_after_walk:
-        return {fault, "tag_after_walk", swept_before_tag};
-    case Fault::iotlb_across_regions:
-        return {fault, "iotlb_across_regions", large_leaf_twice};
-    case Fault::section_without_order:
-    case Fault::advance_plain:
-    case Fault::sample_before_advance:
-        return {fault, "races_test", nullptr};
-    case Fault::leave_relaxed:
-        return {fault, "leave_relaxed", nullptr};
-    case Fault::summary_without_order:
-        return {fault, "summary_without_order", swept_before_summary};
-    case Fault::summary_shared:
-        return {fault, "summary_shared", gigabyte_in_second_slice};
-    case Fault::no_doorbell:
-        return {fault, "no_doorbell", written_while_asleep};
-    case Fault::section_over_io:
-        return {fault, "section_over_io", published_while_pinned};
-    case Fault::pin_after_look:
-        return {fault, "pin_after_look", closed_while_pinning};
-    case Fault::mark_before_data:
-        return {fault, "mark_before_data", swept_while_pinned};
-    case Fault::no_pin_bell:
-        return {fault, "no_pin_bell", unpinned_while_asleep};
-    case Fault::unmap_ignores_pins:
-        return {fault, "unmap_ignores_pins", unmapped_while_pinned};
-    case Fault::sync_ignores_pins:
-        return {fault, "sync_ignores_pins", synced_while_pinned};
-    case Fault::no_grace_after_pins:
-        return {fault, "no_grace_after_pins", unpinned_before_summary};
-    case Fault::death_ignores_pins:
-        return {fault, "death_ignores_pins", died_with_pin};
-    case Fault::no_grace:
-        return {fault, "no_grace", swept_before_data};
-    case Fault::publish_before_advance:
-        return {fault, "publish_before_advance", swept_before_data};
-    case Fault::no_leading_grace:
-        return {fault, "no_leading_grace", synced_before_summary};
-    case Fault::unmap_without_grace:
-        return {fault, "unmap_without_grace", unmapped_before_data};
-    case Fault::unmap_waits_for_room:
-        return {fault, "unmap_waits_for_room", unmapped_with_full_ring};
-    case Fault::enable_without_advance:
-        return {fault, "enable_without_advance", cached_before_enable};
-    case Fault::no_full_scan_on_death:
-        return {fault, "no_full_scan_on_death", died_before_summary};
-    case Fault::cleaned_for_good:
-        return {fault, "cleaned_for_good", died_while_enable_cleans};
-    case Fault::unmap_passes_enable:
-        return {fault, "unmap_passes_enable", enabled_between_two_parts};
-    case Fault::detach_stopped:
-        return {fault, "detach_stopped", stopped_device_detached};
-    case Fault::no_want_kick:
-        return {fault, "no_want_kick", slept_before_full_ring};
-    case Fault::no_second_look:
-        return {fault, "no_second_look", written_while_falling_asleep};
-    case Fault::arm_without_look:
-        return {fault, "arm_without_look", consumer_asleep};
-    case Fault::clear_before_stage:
-    case Fault::restart_without_advance:
-    case Fault::restart_without_scan:
-    case Fault::resumed_map_not_scanned:
-    case Fault::cut_not_noted:
-        return {fault, "by a death: schedule_test", nullptr};
-    case Fault::split_drops_dirty:
-    case Fault::naive_replicated_split:
-    case Fault::replica_reported_alone:
-    case Fault::resized_not_summarized:
-    case Fault::resized_behind_pass:
-    case Fault::break_taken_for_fault:
-    case Fault::collapse_cuts_leaf:
-    case Fault::naive_collapse:
-    case Fault::collapse_goes_on:
-        return {fault, "resize_test", nullptr};
-    case Fault::death_skips_begun:
-    case Fault::take_before_stage:
-    case Fault::restart_opens_early:
-    case Fault::closes_for_devices_only:
-    case Fault::restart_without_call:
-    case Fault::sync_marks_again:
-    case Fault::present_forgotten:
-    case Fault::relinked_at_once:
-    case Fault::collapse_forgotten:
-    case Fault::sync_takes_last_slot:
-    case Fault::leaf_left_in_part:
-    case Fault::taken_out_stays_mapped:
-    case Fault::split_raises_limit:
-    case Fault::due_marker_forgotten:
-    case Fault::begun_stays:
-    case Fault::failed_map_not_scanned:
-    case Fault::failed_map_is_whole:
-    case Fault::hole_not_counted:
-        return {fault, "restart_test", nullptr};
-    case Fault::commands_not_recorded:
-        return {fault, "command_journal_test", nullptr};
-    case Fault::nap_ignores_bell:
-        return {fault, "walker_test", nullptr};
-    case Fault::no_lock:
-        return {fault, "service_restart_test", nullptr};
-    case Fault::destroy_not_ended:
-    case Fault::takeover_wakes_nobody:
-        return {fault, "service_survival_test", nullptr};
-    case Fault::epoch_at_submission:
-        return {fault, "service_overtaken_test", nullptr};
+    case Rule::tag_after_walk:
+        return {rule, "tag_after_walk", swept_before_tag};
+    case Rule::iotlb_across_regions:
+        return {rule, "iotlb_across_regions", large_leaf_twice};
+    case Rule::section_without_order:
+    case Rule::advance_plain:
+    case Rule::sample_before_advance:
+        return {rule, "races_test", nullptr};
+    case Rule::leave_relaxed:
+        return {rule, "leave_relaxed", nullptr};
+    case Rule::summary_without_order:
+        return {rule, "summary_without_order", swept_before_summary};
+    case Rule::summary_shared:
+        return {rule, "summary_shared", gigabyte_in_second_slice};
+    case Rule::no_doorbell:
+        return {rule, "no_doorbell", written_while_asleep};
+    case Rule::section_over_io:
+        return {rule, "section_over_io", published_while_pinned};
+    case Rule::pin_after_look:
+        return {rule, "pin_after_look", closed_while_pinning};
+    case Rule::mark_before_data:
+        return {rule, "mark_before_data", swept_while_pinned};
+    case Rule::no_pin_bell:
+        return {rule, "no_pin_bell", unpinned_while_asleep};
+    case Rule::unmap_ignores_pins:
+        return {rule, "unmap_ignores_pins", unmapped_while_pinned};
+    case Rule::sync_ignores_pins:
+        return {rule, "sync_ignores_pins", synced_while_pinned};
+    case Rule::no_grace_after_pins:
+        return {rule, "no_grace_after_pins", unpinned_before_summary};
+    case Rule::death_ignores_pins:
+        return {rule, "death_ignores_pins", died_with_pin};
+    case Rule::no_grace:
+        return {rule, "no_grace", swept_before_data};
+    case Rule::publish_before_advance:
+        return {rule, "publish_before_advance", swept_before_data};
+    case Rule::no_leading_grace:
+        return {rule, "no_leading_grace", synced_before_summary};
+    case Rule::unmap_without_grace:
+        return {rule, "unmap_without_grace", unmapped_before_data};
+    case Rule::unmap_waits_for_room:
+        return {rule, "unmap_waits_for_room", unmapped_with_full_ring};
+    case Rule::enable_without_advance:
+        return {rule, "enable_without_advance", cached_before_enable};
+    case Rule::no_full_scan_on_death:
+        return {rule, "no_full_scan_on_death", died_before_summary};
+    case Rule::cleaned_for_good:
+        return {rule, "cleaned_for_good", died_while_enable_cleans};
+    case Rule::unmap_passes_enable:
+        return {rule, "unmap_passes_enable", enabled_between_two_parts};
+    case Rule::detach_stopped:
+        return {rule, "detach_stopped", stopped_device_detached};
+    case Rule::no_want_kick:
+        return {rule, "no_want_kick", slept_before_full_ring};
+    case Rule::no_second_look:
+        return {rule, "no_second_look", written_while_falling_asleep};
+    case Rule::arm_without_look:
+        return {rule, "arm_without_look", consumer_asleep};
+    case Rule::clear_before_stage:
+    case Rule::restart_without_advance:
+    case Rule::restart_without_scan:
+    case Rule::resumed_map_not_scanned:
+    case Rule::cut_not_noted:
+        return {rule, "by a death: schedule_test", nullptr};
+    case Rule::split_drops_dirty:
+    case Rule::naive_replicated_split:
+    case Rule::replica_reported_alone:
+    case Rule::resized_not_summarized:
+    case Rule::resized_behind_pass:
+    case Rule::break_taken_for_fault:
+    case Rule::collapse_cuts_leaf:
+    case Rule::naive_collapse:
+    case Rule::collapse_goes_on:
+        return {rule, "resize_test", nullptr};
+    case Rule::death_skips_begun:
+    case Rule::take_before_stage:
+    case Rule::restart_opens_early:
+    case Rule::closes_for_devices_only:
+    case Rule::restart_without_call:
+    case Rule::sync_marks_again:
+    case Rule::present_forgotten:
+    case Rule::relinked_at_once:
+    case Rule::collapse_forgotten:
+    case Rule::sync_takes_last_slot:
+    case Rule::leaf_left_in_part:
+    case Rule::taken_out_stays_mapped:
+    case Rule::split_raises_limit:
+    case Rule::due_marker_forgotten:
+    case Rule::begun_stays:
+    case Rule::failed_map_not_scanned:
+    case Rule::failed_map_is_whole:
+    case Rule::hole_not_counted:
+        return {rule, "restart_test", nullptr};
+    case Rule::commands_not_recorded:
+        return {rule, "command_journal_test", nullptr};
+    case Rule::nap_ignores_bell:
+        return {rule, "walker_test", nullptr};
+    case Rule::no_lock:
+        return {rule, "service_restart_test", nullptr};
+    case Rule::destroy_not_ended:
+    case Rule::takeover_wakes_nobody:
+        return {rule, "service_survival_test", nullptr};
+    case Rule::epoch_at_submission:
+        return {rule, "service_overtaken_test", nullptr};
     }
-    return {Fault::none, "none", nullptr};
+    return {Rule::none, "none", nullptr};
 }
 
 std::vector<Control> controls()
 {
     std::vector<Control> all;
-    for (int i = 1; control(static_cast<Fault>(i)).fault != Fault::none; ++i) {
-        if (const Control c = control(static_cast<Fault>(i)); c.scenario != nullptr)
+    for (int i = 1; control(static_cast<Rule>(i)).rule != Rule::none; ++i) {
+        if (const Control c = control(static_cast<Rule>(i)); c.scenario != nullptr)
             all.push_back(c);
     }
     return all;
@@ -468,7 +468,7 @@ TEST_P(NegativeControl, GreenAsItIs)
 
 TEST_P(NegativeControl, RedWhenBroken)
 {
-    const Breaking breaking(GetParam().fault);
+    const Breaking breaking(GetParam().rule);
     EXPECT_TRUE(GetParam().scenario().bad()) << "neither a page lost nor a hang";
 }
 
@@ -494,7 +494,7 @@ TEST_F(LeaveRelaxedDeathTest, GreenAsItIs)
 
 TEST_F(LeaveRelaxedDeathTest, RedWhenBroken)
 {
-    const Breaking breaking(Fault::leave_relaxed);
+    const Breaking breaking(Rule::leave_relaxed);
     EXPECT_EXIT(read_behind_leave(), testing::ExitedWithCode(66), "data race");
 }
 

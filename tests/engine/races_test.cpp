@@ -191,16 +191,16 @@ class Race
 struct Control {
     friend void PrintTo(const Control &c, std::ostream *out) { *out << c.name; }
 
-    Fault fault;
+    Rule rule;
     const char *name;
     Race::Meeting meeting;
     bool hardware; // the loss is a store that stands in the store buffer
 };
 
 constexpr Control controls[] = {
-    {Fault::section_without_order, "section_without_order", Race::Meeting::around_advance, true},
-    {Fault::advance_plain, "advance_plain", Race::Meeting::around_advance, true},
-    {Fault::sample_before_advance, "sample_before_advance", Race::Meeting::after_first_page, false},
+    {Rule::section_without_order, "section_without_order", Race::Meeting::around_advance, true},
+    {Rule::advance_plain, "advance_plain", Race::Meeting::around_advance, true},
+    {Rule::sample_before_advance, "sample_before_advance", Race::Meeting::after_first_page, false},
 };
 
 class Races : public testing::TestWithParam<Control>
@@ -222,7 +222,7 @@ TEST_P(Races, RedWhenBroken)
 {
     if (GetParam().hardware && sanitized)
         GTEST_SKIP() << "what a sanitizer adds takes longer than the store stays there: shown in the optimised build";
-    const Breaking breaking(GetParam().fault);
+    const Breaking breaking(GetParam().rule);
     EXPECT_GT(std::make_unique<Race>(GetParam().meeting)->run(2'000'000, std::chrono::seconds(60)), 0u);
 }
 

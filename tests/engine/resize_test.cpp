@@ -157,7 +157,7 @@ TEST(ResizeReplicas, MakeNoMapOfTwo)
 }
 
 // A collapse that begins, or ends, in a leaf of many entries. Only one of them has its D.
-std::uint64_t lost_around(std::uint64_t first, std::uint64_t end, Fault fault)
+std::uint64_t lost_around(std::uint64_t first, std::uint64_t end, Rule rule)
 {
     Rig rig({.all_sizes = true, .capacity = 16});
     EXPECT_EQ(rig.map(4 * MiB, 4 * MiB, 4 * MiB), 0);
@@ -171,7 +171,7 @@ std::uint64_t lost_around(std::uint64_t first, std::uint64_t end, Fault fault)
             rig.write_inside(0, leaf + page * P, P);
         static_cast<void>(rig.device().leave());
     }
-    const Breaking breaking(fault);
+    const Breaking breaking(rule);
     EXPECT_EQ(rig.collapse(first, end - first, 30), 0);
     EXPECT_EQ(rig.sync(), 0);
     return rig.lost();
@@ -180,11 +180,11 @@ std::uint64_t lost_around(std::uint64_t first, std::uint64_t end, Fault fault)
 TEST(ResizeReplicas, AreNotCutByACollapse)
 {
     const std::uint64_t inside = 4 * P;
-    EXPECT_EQ(lost_around(4 * MiB + inside, 6 * MiB, Fault::none), 0u);
-    EXPECT_EQ(lost_around(4 * MiB, 5 * MiB + inside, Fault::none), 0u);
-    EXPECT_EQ(lost_around(5 * MiB + inside, 5 * MiB + 2 * inside, Fault::none), 0u);
-    EXPECT_GT(lost_around(4 * MiB + inside, 6 * MiB, Fault::collapse_cuts_leaf), 0u);
-    EXPECT_GT(lost_around(4 * MiB, 5 * MiB + inside, Fault::collapse_cuts_leaf), 0u);
+    EXPECT_EQ(lost_around(4 * MiB + inside, 6 * MiB, Rule::none), 0u);
+    EXPECT_EQ(lost_around(4 * MiB, 5 * MiB + inside, Rule::none), 0u);
+    EXPECT_EQ(lost_around(5 * MiB + inside, 5 * MiB + 2 * inside, Rule::none), 0u);
+    EXPECT_GT(lost_around(4 * MiB + inside, 6 * MiB, Rule::collapse_cuts_leaf), 0u);
+    EXPECT_GT(lost_around(4 * MiB, 5 * MiB + inside, Rule::collapse_cuts_leaf), 0u);
 }
 
 // ---- dirt -----------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ TEST_P(Resize, CollapsesWhatIsCleanToWhatIsClean)
 
 // A device writes at every place that has a name, to pages it has written before and to others, by what it has cached
 // and not; a section that began before goes on.
-std::uint64_t lost_at(const Kind &kind, Point where, Fault fault = Fault::none)
+std::uint64_t lost_at(const Kind &kind, Point where, Rule rule = Rule::none)
 {
     RigOptions options = kind.options();
     options.capacity = 4096;
@@ -248,7 +248,7 @@ std::uint64_t lost_at(const Kind &kind, Point where, Fault fault = Fault::none)
     std::uint64_t lost = 0;
     for (const OpKind op : {OpKind::split, OpKind::collapse, OpKind::split}) {
         all();
-        const Breaking breaking(fault);
+        const Breaking breaking(rule);
         {
             const Hook hook(
                 where,
@@ -282,7 +282,7 @@ TEST_P(ResizeWithoutStall, LosesNothingWrittenMeanwhile)
 
 // A device that only reads makes the compare-and-swap of a leaf fail, and the leaf dirty in the owner's name. Lost is
 // what a device that finds D set leaves to whoever has set it.
-std::uint64_t lost_when_read(const Kind &kind, Fault fault = Fault::none)
+std::uint64_t lost_when_read(const Kind &kind, Rule rule = Rule::none)
 {
     RigOptions options = kind.options();
     options.capacity = 4096;
@@ -290,7 +290,7 @@ std::uint64_t lost_when_read(const Kind &kind, Fault fault = Fault::none)
     static_cast<void>(rig.map(4 * MiB, 64 * KiB, 4 * MiB));
     static_cast<void>(rig.enable());
     EXPECT_EQ(rig.split(4 * MiB, 64 * KiB, 12), 0);
-    const Breaking breaking(fault);
+    const Breaking breaking(rule);
     {
         std::uint64_t next = 4 * MiB;
         const Hook hook(
@@ -327,7 +327,7 @@ constexpr Step steps[] = {{OpKind::split, 30, 21},
 
 // The pass of a sync waits for room in the middle of dirty leaves, which are resized meanwhile: some of their D is
 // where the pass has been, and the marker has to wait for it. How many of the leaves are not there before it.
-std::size_t missing_at_marker(const Kind &kind, const Step &step, Fault fault = Fault::none)
+std::size_t missing_at_marker(const Kind &kind, const Step &step, Rule rule = Rule::none)
 {
     RigOptions options = kind.options();
     options.space = DR_SPACE_IOVA;
@@ -349,7 +349,7 @@ std::size_t missing_at_marker(const Kind &kind, const Step &step, Fault fault = 
             dirty.insert(page);
         }
     }
-    const Breaking breaking(fault);
+    const Breaking breaking(rule);
     const Op &sync = rig.submit(0, OpKind::sync);
     rig.settle();
     EXPECT_FALSE(sync.over());
@@ -410,33 +410,33 @@ TEST_P(Resize, IsNotNoticedByDevices)
 
 // ---- negative controls ----------------------------------------------------------------------------------------------
 
-std::uint64_t lost_anywhere(const Kind &kind, Fault fault)
+std::uint64_t lost_anywhere(const Kind &kind, Rule rule)
 {
     std::uint64_t lost = 0;
     for (const Point where : places)
-        lost += lost_at(kind, where, fault);
+        lost += lost_at(kind, where, rule);
     return lost;
 }
 
 TEST(ResizeBroken, LosesPages)
 {
-    EXPECT_GT(lost_anywhere(kinds[0], Fault::split_drops_dirty), 0u);
-    EXPECT_GT(lost_anywhere(kinds[0], Fault::naive_collapse), 0u);
-    EXPECT_GT(lost_anywhere(kinds[1], Fault::naive_replicated_split), 0u);
-    EXPECT_GT(lost_anywhere(kinds[1], Fault::replica_reported_alone), 0u);
-    EXPECT_GT(lost_when_read(kinds[1], Fault::resized_not_summarized), 0u);
-    EXPECT_GT(missing_at_marker(kinds[1], steps[2], Fault::resized_behind_pass), 0u);
-    EXPECT_GT(missing_at_marker(kinds[0], steps[3], Fault::resized_behind_pass), 0u);
-    EXPECT_GT(missing_at_marker(kinds[0], steps[4], Fault::resized_behind_pass), 0u);
+    EXPECT_GT(lost_anywhere(kinds[0], Rule::split_drops_dirty), 0u);
+    EXPECT_GT(lost_anywhere(kinds[0], Rule::naive_collapse), 0u);
+    EXPECT_GT(lost_anywhere(kinds[1], Rule::naive_replicated_split), 0u);
+    EXPECT_GT(lost_anywhere(kinds[1], Rule::replica_reported_alone), 0u);
+    EXPECT_GT(lost_when_read(kinds[1], Rule::resized_not_summarized), 0u);
+    EXPECT_GT(missing_at_marker(kinds[1], steps[2], Rule::resized_behind_pass), 0u);
+    EXPECT_GT(missing_at_marker(kinds[0], steps[3], Rule::resized_behind_pass), 0u);
+    EXPECT_GT(missing_at_marker(kinds[0], steps[4], Rule::resized_behind_pass), 0u);
 }
 
 // Nobody else runs, so the entry stays away for as long as the device has patience.
-iommu::FaultReason read_while_broken(Fault fault)
+iommu::FaultReason read_while_broken(Rule rule)
 {
     Rig rig(kinds[5].options());
     static_cast<void>(rig.map(4 * MiB, 2 * MiB, 4 * MiB));
     auto reason = iommu::FaultReason::none;
-    const Breaking breaking(fault);
+    const Breaking breaking(rule);
     const Hook hook(Point::split_broken, [&] { reason = rig.read(0, 5 * MiB, 8).reason; });
     EXPECT_EQ(rig.split(4 * MiB, 2 * MiB, 12), 0);
     EXPECT_TRUE(hook.fired());
@@ -445,8 +445,8 @@ iommu::FaultReason read_while_broken(Fault fault)
 
 TEST(ResizeBroken, FaultsAtALeafThatIsBeingReplaced)
 {
-    EXPECT_EQ(read_while_broken(Fault::none), iommu::FaultReason::stalled);
-    EXPECT_EQ(read_while_broken(Fault::break_taken_for_fault), iommu::FaultReason::not_present);
+    EXPECT_EQ(read_while_broken(Rule::none), iommu::FaultReason::stalled);
+    EXPECT_EQ(read_while_broken(Rule::break_taken_for_fault), iommu::FaultReason::not_present);
 }
 
 // ---- no memory ------------------------------------------------------------------------------------------------------
@@ -573,7 +573,7 @@ unsigned leaf_when_enabled_again()
 TEST(Collapse, EndsWhenDirtIsReportedAgain)
 {
     EXPECT_EQ(leaf_when_enabled_again(), 12u);
-    const Breaking breaking(Fault::collapse_goes_on);
+    const Breaking breaking(Rule::collapse_goes_on);
     EXPECT_EQ(leaf_when_enabled_again(), 21u);
 }
 

@@ -210,7 +210,7 @@ TEST(Restart, CallsTheConsumerWhateverItAskedFor)
         return rig.state().calls - before;
     };
     EXPECT_EQ(calls_after_restart(), 1u);
-    const Breaking breaking(Fault::restart_without_call);
+    const Breaking breaking(Rule::restart_without_call);
     EXPECT_EQ(calls_after_restart(), 0u);
 }
 
@@ -231,7 +231,7 @@ TEST(Restart, ASyncWhoseMarkerIsThereNeedsNoRoom)
         return sync.over();
     };
     EXPECT_TRUE(done_without_room());
-    const Breaking breaking(Fault::sync_marks_again);
+    const Breaking breaking(Rule::sync_marks_again);
     EXPECT_FALSE(done_without_room());
 }
 
@@ -255,7 +255,7 @@ TEST(Restart, ReportsWhatADeadDeviceHadPinnedInAnInterruptedMap)
         return rig.lost();
     };
     EXPECT_EQ(lost(), 0u);
-    const Breaking breaking(Fault::death_skips_begun);
+    const Breaking breaking(Rule::death_skips_begun);
     EXPECT_GT(lost(), 0u);
 }
 
@@ -275,7 +275,7 @@ TEST(Restart, ReportsWhatAnUnmapHadTakenOut)
         return rig.lost();
     };
     EXPECT_EQ(lost(), 0u);
-    const Breaking breaking(Fault::take_before_stage);
+    const Breaking breaking(Rule::take_before_stage);
     EXPECT_GT(lost(), 0u);
 }
 
@@ -311,7 +311,7 @@ TEST(Restart, LetsNobodyPinWhatIsTakenOut)
         return rig.lost();
     };
     EXPECT_EQ(lost(), 0u);
-    const Breaking breaking(Fault::restart_opens_early);
+    const Breaking breaking(Rule::restart_opens_early);
     EXPECT_GT(lost(), 0u);
 }
 
@@ -335,7 +335,7 @@ TEST(Restart, LetsNobodyPinWhatIsTakenOutThoughAllHadLeft)
         return pin.error == 0;
     };
     EXPECT_FALSE(pins());
-    const Breaking breaking(Fault::closes_for_devices_only);
+    const Breaking breaking(Rule::closes_for_devices_only);
     EXPECT_TRUE(pins());
 }
 

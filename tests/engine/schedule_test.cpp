@@ -1,5 +1,5 @@
 // Schedules at random, in one thread, so that a seed repeats: whichever device, walker or VMM is at its turn takes a
-// small step, also in between two instructions of another (iommu/fault.hpp names the places); there the service may
+// small step, also in between two instructions of another (iommu/rules.hpp names the places); there the service may
 // also die, all walkers at once, and another take its place. The oracle is that of property_test.cpp. That the search
 // is worth its time, it shows itself: with a rule broken it must find a loss.
 #include "tests/engine/hook.hpp"
@@ -497,7 +497,7 @@ TEST(Schedules, LoseNothingWhenTheServiceDies)
 
 struct Broken {
     const char *name;
-    Fault fault;
+    Rule rule;
     bool mortal = false;
 
     friend void PrintTo(const Broken &b, std::ostream *out) { *out << b.name; }
@@ -509,7 +509,7 @@ class BrokenSchedules : public testing::TestWithParam<Broken>
 
 TEST_P(BrokenSchedules, LoseSomething)
 {
-    const Breaking breaking(GetParam().fault);
+    const Breaking breaking(GetParam().rule);
     for (std::uint64_t seed = 1; seed <= 1000; ++seed) {
         if (const std::string wrong = Schedule(seed, GetParam().mortal).run(steps); !wrong.empty()) {
             fmt::print("[     found ] seed {}: {}\n", seed, wrong);
@@ -520,22 +520,22 @@ TEST_P(BrokenSchedules, LoseSomething)
 }
 
 INSTANTIATE_TEST_SUITE_P(Faults, BrokenSchedules,
-                         testing::Values(Broken{"tag_after_walk", Fault::tag_after_walk},
-                                         Broken{"iotlb_across_regions", Fault::iotlb_across_regions},
-                                         Broken{"summary_without_order", Fault::summary_without_order},
-                                         Broken{"no_grace", Fault::no_grace},
-                                         Broken{"publish_before_advance", Fault::publish_before_advance},
-                                         Broken{"pin_after_look", Fault::pin_after_look},
-                                         Broken{"mark_before_data", Fault::mark_before_data},
-                                         Broken{"unmap_ignores_pins", Fault::unmap_ignores_pins},
-                                         Broken{"death_ignores_pins", Fault::death_ignores_pins},
-                                         Broken{"unmap_without_grace", Fault::unmap_without_grace},
-                                         Broken{"enable_without_advance", Fault::enable_without_advance},
-                                         Broken{"clear_before_stage", Fault::clear_before_stage, true},
-                                         Broken{"restart_without_advance", Fault::restart_without_advance, true},
-                                         Broken{"restart_without_scan", Fault::restart_without_scan, true},
-                                         Broken{"resumed_map_not_scanned", Fault::resumed_map_not_scanned, true},
-                                         Broken{"cut_not_noted", Fault::cut_not_noted, true}),
+                         testing::Values(Broken{"tag_after_walk", Rule::tag_after_walk},
+                                         Broken{"iotlb_across_regions", Rule::iotlb_across_regions},
+                                         Broken{"summary_without_order", Rule::summary_without_order},
+                                         Broken{"no_grace", Rule::no_grace},
+                                         Broken{"publish_before_advance", Rule::publish_before_advance},
+                                         Broken{"pin_after_look", Rule::pin_after_look},
+                                         Broken{"mark_before_data", Rule::mark_before_data},
+                                         Broken{"unmap_ignores_pins", Rule::unmap_ignores_pins},
+                                         Broken{"death_ignores_pins", Rule::death_ignores_pins},
+                                         Broken{"unmap_without_grace", Rule::unmap_without_grace},
+                                         Broken{"enable_without_advance", Rule::enable_without_advance},
+                                         Broken{"clear_before_stage", Rule::clear_before_stage, true},
+                                         Broken{"restart_without_advance", Rule::restart_without_advance, true},
+                                         Broken{"restart_without_scan", Rule::restart_without_scan, true},
+                                         Broken{"resumed_map_not_scanned", Rule::resumed_map_not_scanned, true},
+                                         Broken{"cut_not_noted", Rule::cut_not_noted, true}),
                          [](const auto &info) { return std::string(info.param.name); });
 
 } // namespace

@@ -43,7 +43,7 @@ std::uint64_t lost_when_made_large(unsigned format)
 TEST_P(Successor, KnowsWhichTablesHaveMemory)
 {
     EXPECT_EQ(lost_when_made_large(GetParam()), 0u);
-    const Breaking breaking(Fault::present_forgotten);
+    const Breaking breaking(Rule::present_forgotten);
     EXPECT_GT(lost_when_made_large(GetParam()), 0u);
 }
 
@@ -111,7 +111,7 @@ TEST(SuccessorOfABreak, LinksNoTableWhereALeafMayBeCached)
               Broken{OpKind::collapse, Point::collapse_swapped, how},
               Broken{OpKind::collapse, Point::collapse_read, how}}) {
             EXPECT_FALSE(table_appears_too_early(broken)) << static_cast<int>(broken.dies_at);
-            const Breaking breaking(Fault::relinked_at_once);
+            const Breaking breaking(Rule::relinked_at_once);
             EXPECT_TRUE(table_appears_too_early(broken)) << static_cast<int>(broken.dies_at);
         }
     }
@@ -154,7 +154,7 @@ bool marker_is_there()
 TEST(SuccessorOfAnUnmap, HasASlotForItsMarker)
 {
     EXPECT_TRUE(marker_is_there());
-    const Breaking breaking(Fault::sync_takes_last_slot);
+    const Breaking breaking(Rule::sync_takes_last_slot);
     EXPECT_FALSE(marker_is_there());
 }
 
@@ -189,7 +189,7 @@ bool leaf_is_whole_again()
 TEST(SuccessorOfAnUnmap, PutsBackReplicasOfALeafThatStays)
 {
     EXPECT_TRUE(leaf_is_whole_again());
-    const Breaking breaking(Fault::leaf_left_in_part);
+    const Breaking breaking(Rule::leaf_left_in_part);
     EXPECT_FALSE(leaf_is_whole_again());
 }
 
@@ -221,7 +221,7 @@ std::uint64_t reached_without_room()
 TEST(SuccessorOfAnUnmap, CountsWhatItsPredecessorHasForgotten)
 {
     EXPECT_EQ(reached_without_room(), 64 * P);
-    const Breaking breaking(Fault::hole_not_counted);
+    const Breaking breaking(Rule::hole_not_counted);
     EXPECT_EQ(reached_without_room(), 0u);
 }
 
@@ -256,7 +256,7 @@ bool first_unmap_is_right()
 TEST(SuccessorOfAnUnmap, LetsNoOtherTakeItsSlot)
 {
     EXPECT_TRUE(first_unmap_is_right());
-    const Breaking breaking(Fault::due_marker_forgotten);
+    const Breaking breaking(Rule::due_marker_forgotten);
     EXPECT_FALSE(first_unmap_is_right());
 }
 
@@ -286,7 +286,7 @@ bool what_stays_is_mapped()
 TEST(SuccessorOfAnUnmap, EndsBeforeReportingBehindWhatIsOut)
 {
     EXPECT_TRUE(what_stays_is_mapped());
-    const Breaking breaking(Fault::taken_out_stays_mapped);
+    const Breaking breaking(Rule::taken_out_stays_mapped);
     EXPECT_FALSE(what_stays_is_mapped());
 }
 
@@ -322,7 +322,7 @@ std::uint64_t left_of_a_map_that_fails()
 TEST(SuccessorOfAMap, RollsItBack)
 {
     EXPECT_EQ(left_of_a_map_that_fails(), 0u);
-    const Breaking breaking(Fault::begun_stays);
+    const Breaking breaking(Rule::begun_stays);
     EXPECT_GT(left_of_a_map_that_fails(), 0u);
 }
 
@@ -378,14 +378,14 @@ bool becomes_whole()
 TEST(SuccessorOfAMap, ThatFailsReportsIt)
 {
     EXPECT_TRUE(is_reported());
-    const Breaking breaking(Fault::failed_map_not_scanned);
+    const Breaking breaking(Rule::failed_map_not_scanned);
     EXPECT_FALSE(is_reported());
 }
 
 TEST(SuccessorOfAMap, ThatFailsLeavesItToTheNext)
 {
     EXPECT_TRUE(becomes_whole());
-    const Breaking breaking(Fault::failed_map_is_whole);
+    const Breaking breaking(Rule::failed_map_is_whole);
     EXPECT_FALSE(becomes_whole());
 }
 
@@ -414,7 +414,7 @@ std::uint64_t lost_in_larger_leaves()
 TEST(SuccessorOfASplit, KnowsTheSizesOfLeaves)
 {
     EXPECT_EQ(lost_in_larger_leaves(), 0u);
-    const Breaking breaking(Fault::split_raises_limit);
+    const Breaking breaking(Rule::split_raises_limit);
     EXPECT_GT(lost_in_larger_leaves(), 0u);
 }
 
@@ -436,7 +436,7 @@ unsigned leaf_after_disable()
 TEST(SuccessorOfACollapse, GoesOnWithIt)
 {
     EXPECT_EQ(leaf_after_disable(), 21u);
-    const Breaking breaking(Fault::collapse_forgotten);
+    const Breaking breaking(Rule::collapse_forgotten);
     EXPECT_EQ(leaf_after_disable(), 12u);
 }
 

@@ -228,7 +228,7 @@ class Breaks : public testing::TestWithParam<Wrong>
 {
 };
 
-// Deaths are not for these: the service takes the proxy for every device's process. check_faults_test has them.
+// Deaths are not for these: the service takes the proxy for every device's process. check_rules_test has them.
 TEST_P(Breaks, IsNamed)
 {
     std::vector<Check> checks;

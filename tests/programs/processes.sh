@@ -178,7 +178,8 @@ start_service()
 {
     "$bin/dirtyringd" --socket-path "$dir/socket" --log-level warn "$@" &
     service=$!
-    comes "the service's socket" [ -S "$dir/socket" ]
+    # Its file is there a moment before it listens: 00010000 is __SO_ACCEPTCON.
+    comes "the service's socket" grep -q " 00010000 .* $dir/socket\$" /proc/net/unix
 }
 
 stop_service()

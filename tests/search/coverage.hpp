@@ -1,7 +1,7 @@
 // What has met what: each event, and how the world stood when it came. The counts lie in memory that processes share.
 #pragma once
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 
 #include <atomic>
 #include <cstdint>

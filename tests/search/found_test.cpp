@@ -7,7 +7,7 @@ namespace {
 // asleep: write 5 of device 0 to OA page 0x4000a is not reported before a SYNC
 TEST(Search, DeviceDiesWhileEnableCleans)
 {
-    replay(Fault::cleaned_for_good,
+    replay(Rule::cleaned_for_good,
            {2, 11, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0},
            {
                {4, 0, 42},
@@ -22,7 +22,7 @@ TEST(Search, DeviceDiesWhileEnableCleans)
 // lost: SYNC 3: the copy of OA page 0xc00 lacks write 1 of device 0
 TEST(Search, MapThatIsDoneAgainFailsBeforeASync)
 {
-    replay(Fault::failed_map_not_scanned,
+    replay(Rule::failed_map_not_scanned,
            {0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 3, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 3, 0, 0},
            {
                {0, 46, 45},
@@ -68,8 +68,7 @@ TEST(Search, MapThatIsDoneAgainFailsBeforeASync)
 // fault: device 3 has fault 1 at 0x3fc00000, which is mapped
 TEST(Search, UnmapEndsBehindAHole)
 {
-    replay(Fault::hole_not_counted,
-           {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 2, 0, 0, 3},
+    replay(Rule::hole_not_counted, {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 2, 0, 0, 3},
            {
                {6, 0, 46, 52, 1},
                {0, 0},
@@ -89,7 +88,7 @@ TEST(Search, UnmapEndsBehindAHole)
 // fault: device 4 has fault 1 at 0x3fe00000, which is mapped
 TEST(Search, UnmapEndsBeforeReporting)
 {
-    replay(Fault::taken_out_stays_mapped,
+    replay(Rule::taken_out_stays_mapped,
            {3, 0, 0, 0, 0, 1, 0, 1, 1, 2, 0, 1, 0, 0, 2, 0, 0, 3, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0},
            {
                {7, 0, 45, 44},
@@ -118,7 +117,7 @@ TEST(Search, UnmapEndsBeforeReporting)
 // epoch: ring 1 has no marker of epoch 2
 TEST(Search, UnmapBeginsBeforeAMarkerThatIsDue)
 {
-    replay(Fault::due_marker_forgotten,
+    replay(Rule::due_marker_forgotten,
            {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 2, 3, 2, 2, 1, 0, 0, 0, 0, 0, 2, 0, 0, 3},
            {
                {0, 32, 0, 3},
@@ -143,7 +142,7 @@ TEST(Search, UnmapBeginsBeforeAMarkerThatIsDue)
 // stray: a run names 0x7fc00000 +0x1000, where nothing was mapped
 TEST(Search, EnableComesBetweenTwoSlices)
 {
-    replay(Fault::unmap_passes_enable,
+    replay(Rule::unmap_passes_enable,
            {2, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 4, 2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0},
            {
                {4, 0,  26, 1, 5, 3, 0, 0,  0, 0, 3, 0, 5, 31, 0, 0, 0, 0,

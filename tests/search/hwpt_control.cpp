@@ -125,7 +125,7 @@ void HwptControl::service_died()
         return;
     for (const auto &ring : world_.hwpt->rings)
         ring->full_at_end |= ring->room() == 0;
-    if (!fault(Fault::destroy_not_ended))
+    if (!broken(Rule::destroy_not_ended))
         end_rings(*world_.hwpt);
     gone();
 }

@@ -1,8 +1,8 @@
 // Searches the states of the engine at random: tests/search/README.md.
 #include "tests/engine/hook.hpp"
 #include "tests/engine/oracle.hpp"
-#include "tests/search/fault_names.hpp"
 #include "tests/search/isolated.hpp"
+#include "tests/search/rule_names.hpp"
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -19,7 +19,7 @@ using namespace dirtyring::search;
 
 struct Options {
     Hunt hunt;
-    std::string fault;
+    std::string rule;
     std::vector<std::string> table;
     std::string replay;
     bool one = false;
@@ -30,10 +30,10 @@ struct Options {
 };
 
 // Of the rule that was broken.
-void print_test(const Result &result, const std::string &fault)
+void print_test(const Result &result, const std::string &rule)
 {
-    fmt::print("// {}\n// {}: {}\nTEST(Search, Found)\n{{\n    replay(Fault::{}, {{{}}}, {{\n", result.attributes,
-               result.finding->kind, result.finding->text, fault.empty() ? "none" : fault,
+    fmt::print("// {}\n// {}: {}\nTEST(Search, Found)\n{{\n    replay(Rule::{}, {{{}}}, {{\n", result.attributes,
+               result.finding->kind, result.finding->text, rule.empty() ? "none" : rule,
                fmt::join(result.schedule.attributes, ", "));
     for (std::size_t i = 0; i < result.schedule.steps.size(); ++i) {
         fmt::print("        {{{}}}, // {}\n", fmt::join(result.schedule.steps[i], ", "),
@@ -66,7 +66,7 @@ int search_once(const Options &options, Coverage &coverage)
         std::fflush(stdout);
         const Result result = shortest(*found.seed, coverage, options);
         if (result.finding)
-            print_test(result, options.fault);
+            print_test(result, options.rule);
     }
     return found.seed.has_value() ? 1 : 0;
 }
@@ -85,7 +85,7 @@ int replay(const Options &options, Coverage &coverage)
         return 0;
     }
     result.schedule = schedule;
-    print_test(result, options.fault);
+    print_test(result, options.rule);
     return 1;
 }
 
@@ -94,12 +94,12 @@ int table(const Options &options, Coverage &coverage)
     bool all = true;
     fmt::print("| rule | found as | schedules | seconds | steps |\n|---|---|---|---|---|\n");
     for (const std::string &name : options.table) {
-        const auto fault = fault_of(name);
-        if (!fault) {
+        const auto rule = rule_of(name);
+        if (!rule) {
             fmt::print(stderr, "{}: there is no such rule\n", name);
             return 2;
         }
-        const test::Breaking breaking(*fault);
+        const test::Breaking breaking(*rule);
         const Found found = hunt(options.hunt, coverage);
         if (!found.seed) {
             all = false;
@@ -126,7 +126,7 @@ int main(int argc, char **argv)
     app.add_option("--jobs", options.hunt.jobs, "processes")->check(CLI::Range(1, 256));
     app.add_option("--seed", options.hunt.seed, "of the first schedule");
     app.add_flag("--one", options.one, "only that schedule, shortened");
-    app.add_option("--fault", options.fault, "break this rule of enum Fault: not to find it is the failure");
+    app.add_option("--break", options.rule, "break this rule of enum Rule: not to find it is the failure");
     app.add_option("--only", options.hunt.only, "pass over findings of other kinds");
     app.add_flag("--all", options.hunt.all, "tell each finding, and go on");
     app.add_option("--table", options.table, "break one rule after the other, and print a table");
@@ -157,13 +157,13 @@ int main(int argc, char **argv)
     if (!options.table.empty())
         return table(options, coverage);
     int code = 0;
-    if (options.fault.empty()) {
+    if (options.rule.empty()) {
         code = search_once(options, coverage);
-    } else if (const auto fault = fault_of(options.fault)) {
-        const test::Breaking breaking(*fault);
+    } else if (const auto rule = rule_of(options.rule)) {
+        const test::Breaking breaking(*rule);
         code = 1 - search_once(options, coverage);
     } else {
-        fmt::print(stderr, "{}: there is no such rule\n", options.fault);
+        fmt::print(stderr, "{}: there is no such rule\n", options.rule);
         return 2;
     }
     if (options.coverage && !coverage.print(options.unreachable))

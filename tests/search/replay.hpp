@@ -11,14 +11,14 @@
 
 namespace dirtyring::search {
 
-// rule: Fault::none if there is none whose break shows it.
-inline void replay(Fault rule, Schedule::Step attributes, std::vector<Schedule::Step> steps)
+// rule: Rule::none if there is none whose break shows it.
+inline void replay(Rule rule, Schedule::Step attributes, std::vector<Schedule::Step> steps)
 {
     Coverage coverage;
     const Schedule schedule{std::move(attributes), std::move(steps)};
     const Result mended = run_isolated(Choices(schedule), coverage);
     EXPECT_FALSE(mended.finding) << mended.finding->kind << ": " << mended.finding->text;
-    if (rule == Fault::none)
+    if (rule == Rule::none)
         return;
     const test::Breaking breaking(rule);
     EXPECT_TRUE(run_isolated(Choices(schedule), coverage).finding) << "the schedule shows nothing any more";

@@ -1,12 +1,12 @@
-// Linked into dirtyringd_faulty: the service with a rule broken, or that dies between two instructions. From the
+// Linked into dirtyringd_breakable: the service with a rule broken, or that dies between two instructions. From the
 // environment:
 //
-//   DIRTYRING_FAULT      the number of the rule, of enum Fault (iommu/fault.hpp)
+//   DIRTYRING_BREAK      the number of the rule, of enum Rule (iommu/rules.hpp)
 //   DIRTYRING_DIE_AT     a point of DIRTYRING_POINTS, or "point:n": it kills itself when it gets there, for the n-th
 //                        time
 //   DIRTYRING_DIE_ONCE   a path: whoever dies makes that file, and nobody dies when it is there
 //   DIRTYRING_DIE_PLAN   instead, a file with a DiePlan, which says so anew whenever it likes
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "tests/service/die_plan.hpp"
 
 #include <atomic>
@@ -68,8 +68,8 @@ void die_as_planned(const char *path)
 }
 
 const bool armed = [] {
-    if (const char *number = std::getenv("DIRTYRING_FAULT"))
-        dirtyring::active_fault.store(static_cast<dirtyring::Fault>(std::atoi(number)), std::memory_order_relaxed);
+    if (const char *number = std::getenv("DIRTYRING_BREAK"))
+        dirtyring::broken_rule.store(static_cast<dirtyring::Rule>(std::atoi(number)), std::memory_order_relaxed);
     if (const char *where = std::getenv("DIRTYRING_DIE_AT"))
         die_at(where);
     if (const char *plan = std::getenv("DIRTYRING_DIE_PLAN"))

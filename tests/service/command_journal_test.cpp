@@ -1005,24 +1005,24 @@ Outcome died_before_call()
     return run({on_hwpt(DR_OP_DISABLE)}, 4, 1, {Point::command_completed, 1, 1});
 }
 
-void expect_control(Fault f, Outcome (*scenario)())
+void expect_control(Rule rule, Outcome (*scenario)())
 {
     const Outcome sound = scenario();
     EXPECT_EQ(sound.deaths, 1u);
     EXPECT_FALSE(sound.bad()) << sound;
-    const Breaking breaking(f);
+    const Breaking breaking(rule);
     const Outcome broken = scenario();
     EXPECT_GT(broken.missing, 0u) << broken;
 }
 
 TEST(CommandControls, CommandsNotRecorded)
 {
-    expect_control(Fault::commands_not_recorded, died_after_taking);
+    expect_control(Rule::commands_not_recorded, died_after_taking);
 }
 
 TEST(CommandControls, RestartWithoutCall)
 {
-    expect_control(Fault::restart_without_call, died_before_call);
+    expect_control(Rule::restart_without_call, died_before_call);
 }
 
 } // namespace

@@ -123,9 +123,9 @@ struct Guest {
 class Overtaken
 {
   public:
-    explicit Overtaken(Fault fault)
+    explicit Overtaken(Rule rule)
         : daemon_(
-              {}, [=] { break_rule(fault); }, DIRTYRINGD_FAULTY_PATH)
+              {}, [=] { break_rule(rule); }, DIRTYRINGD_BREAKABLE_PATH)
     {
     }
     Daemon *operator->() { return &daemon_; }
@@ -137,9 +137,9 @@ class Overtaken
 
 // A page is pinned for writing, its unmap waits, an ENABLE comes, the data lands, and the IOVA is mapped to another
 // page before its run is read. True: the copy is right.
-bool pinned_and_enabled(Fault fault)
+bool pinned_and_enabled(Rule rule)
 {
-    Overtaken daemon(fault);
+    Overtaken daemon(rule);
     Guest g(*daemon, 1);
     const std::uint64_t iova = 100 * page;
     g.map_page(iova, page);
@@ -152,7 +152,7 @@ bool pinned_and_enabled(Fault fault)
     const dr_completion done = g.end_unmap(iova, page);
     g.map_page(iova, 2 * page);
     const unsigned epochs = g.consume();
-    if (fault == Fault::none) {
+    if (rule == Rule::none) {
         EXPECT_EQ(done.result, 0);
         EXPECT_NE(done.epoch, 0u);
         EXPECT_EQ(epochs, 1u);
@@ -163,15 +163,15 @@ bool pinned_and_enabled(Fault fault)
 
 TEST(ServiceOvertaken, APinnedUnmapThatAnEnableOvertakesHasAnEpoch)
 {
-    EXPECT_TRUE(pinned_and_enabled(Fault::none));
-    EXPECT_FALSE(pinned_and_enabled(Fault::epoch_at_submission));
+    EXPECT_TRUE(pinned_and_enabled(Rule::none));
+    EXPECT_FALSE(pinned_and_enabled(Rule::epoch_at_submission));
 }
 
 // The last page of a slice and the first of the next, each a map. The first is pinned, the second written behind the
 // ENABLE.
-bool second_slice_written(Fault fault)
+bool second_slice_written(Rule rule)
 {
-    Overtaken daemon(fault);
+    Overtaken daemon(rule);
     Guest g(*daemon, 2);
     const std::uint64_t border = 1ull << 33;
     g.map_page(border - page, page);
@@ -187,7 +187,7 @@ bool second_slice_written(Fault fault)
     g.map_page(border - page, 11 * page);
     g.map_page(border, 12 * page);
     const unsigned epochs = g.consume();
-    if (fault == Fault::none) {
+    if (rule == Rule::none) {
         EXPECT_EQ(epochs, 2u) << "one in each ring";
         EXPECT_EQ(g.map.retained(), 0u);
     }
@@ -196,14 +196,14 @@ bool second_slice_written(Fault fault)
 
 TEST(ServiceOvertaken, BothSlicesOfAnUnmapThatAnEnableOvertakesHaveItsMarker)
 {
-    EXPECT_TRUE(second_slice_written(Fault::none));
-    EXPECT_FALSE(second_slice_written(Fault::epoch_at_submission));
+    EXPECT_TRUE(second_slice_written(Rule::none));
+    EXPECT_FALSE(second_slice_written(Rule::epoch_at_submission));
 }
 
 // The first slice's part is done before the ENABLE, the second's waits for a pin: the unmap ends between them.
-bool second_slice_pinned(Fault fault)
+bool second_slice_pinned(Rule rule)
 {
-    Overtaken daemon(fault);
+    Overtaken daemon(rule);
     Guest g(*daemon, 2);
     const std::uint64_t border = 1ull << 33;
     g.map_page(border - page, page);
@@ -218,7 +218,7 @@ bool second_slice_pinned(Fault fault)
     g.map_page(border - page, 11 * page);
     g.map_page(border, 12 * page);
     const unsigned epochs = g.consume();
-    if (fault == Fault::none) {
+    if (rule == Rule::none) {
         EXPECT_EQ(done.result, -EAGAIN);
         EXPECT_EQ(done.done, page);
         EXPECT_EQ(done.epoch, 0u);
@@ -230,8 +230,8 @@ bool second_slice_pinned(Fault fault)
 
 TEST(ServiceOvertaken, AnUnmapEndsBetweenASliceThatWasNotReportedAndOneThatIs)
 {
-    EXPECT_TRUE(second_slice_pinned(Fault::none));
-    EXPECT_FALSE(second_slice_pinned(Fault::unmap_passes_enable));
+    EXPECT_TRUE(second_slice_pinned(Rule::none));
+    EXPECT_FALSE(second_slice_pinned(Rule::unmap_passes_enable));
 }
 
 } // namespace

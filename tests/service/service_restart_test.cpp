@@ -1,5 +1,5 @@
 // dirtyringd --supervise whose worker is killed: who had something in the service has it again, once.
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "tests/service/service_peers.hpp"
 #include "tests/service/supervised.hpp"
 
@@ -527,7 +527,7 @@ TEST_P(ServiceDeath, IsOverlooked)
     const std::string once = directory.path() + "/died";
     {
         Supervised daemon(
-            {}, [&] { die_once_at(GetParam(), once); }, DIRTYRINGD_FAULTY_PATH);
+            {}, [&] { die_once_at(GetParam(), once); }, DIRTYRINGD_BREAKABLE_PATH);
         RawGuestThatRepeats guest(daemon);
         const Fd memory = memory_file(page);
         guest.ask(DR_MEMORY_ADD, dr_memory_region{0, 0, 0, page, 0}, {memory.get()});
@@ -559,7 +559,7 @@ TEST_P(ServiceDeathInRestart, IsOverlooked)
     const std::string once = directory.path() + "/died";
     {
         Supervised daemon(
-            {}, [&] { die_once_at(GetParam(), once); }, DIRTYRINGD_FAULTY_PATH);
+            {}, [&] { die_once_at(GetParam(), once); }, DIRTYRINGD_BREAKABLE_PATH);
         TrackedGuest guest(daemon);
         const RawRing ring = guest.ring(guest.hwpt);
         daemon.kill_worker();
@@ -648,14 +648,14 @@ TEST(ServiceRestart, OneOfEnableAndAttachWinsTheRaceThatADeathInterrupts)
 class SecondWorker
 {
   public:
-    SecondWorker(const Supervised &daemon, const char *program, Fault fault)
+    SecondWorker(const Supervised &daemon, const char *program, Rule rule)
     {
         const std::string held =
             daemon.process().proc("fd/") + std::to_string(daemon.numbers("dirtyring-private").at(0));
         const Fd record(need(::open(held.c_str(), O_RDWR | O_CLOEXEC), held));
         process.emplace(std::vector<std::string>{program, "--socket-path", directory_.path() + "/socket"}, [&] {
             ::dup2(record.get(), 3);
-            break_rule(fault);
+            break_rule(rule);
             ::setenv("LISTEN_FDS", "1", 1);
             ::setenv("LISTEN_FDNAMES", "P1", 1);
             ::setenv("LISTEN_PID", std::to_string(::getpid()).c_str(), 1);
@@ -674,7 +674,7 @@ TEST(ServiceRestart, AWorkerRefusesAGuestThatAnotherOneHas)
     Supervised daemon;
     TrackedGuest guest(daemon);
     daemon.kill_worker();
-    SecondWorker second(daemon, DIRTYRINGD_PATH, Fault::none);
+    SecondWorker second(daemon, DIRTYRINGD_PATH, Rule::none);
     EXPECT_EQ(second.process->exit_code(), 1);
     EXPECT_THAT(second.process->said(),
                 HasSubstr("process " + std::to_string(daemon.worker()) + " still serves guest 1"));
@@ -687,7 +687,7 @@ TEST(ServiceRestart, AWorkerThatDoesNotLookAtTheLockDoesNot)
     Supervised daemon;
     TrackedGuest guest(daemon);
     daemon.kill_worker();
-    SecondWorker second(daemon, DIRTYRINGD_FAULTY_PATH, Fault::no_lock);
+    SecondWorker second(daemon, DIRTYRINGD_BREAKABLE_PATH, Rule::no_lock);
     EXPECT_TRUE(comes_true([&] { return second.process->said().find("ready") != std::string::npos; }));
     second.process->signal(SIGTERM);
     EXPECT_EQ(second.process->exit_code(), 0);

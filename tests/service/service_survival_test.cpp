@@ -22,10 +22,10 @@ enum class Last { mapped, split };
 
 // All but one of the lowest tables of a GiB are linked, the worker dies, the last one is linked, and they become a
 // large page. How many of 512 DMA writes, one through each table, fault or are not reported.
-unsigned missing_of_512(Fault fault, Last last)
+unsigned missing_of_512(Rule rule, Last last)
 {
     Supervised daemon(
-        {}, [&] { break_rule(fault); }, DIRTYRINGD_FAULTY_PATH);
+        {}, [&] { break_rule(rule); }, DIRTYRINGD_BREAKABLE_PATH);
     const Fd file = memory_file(gib);
     dirtyring_vm *v = nullptr;
     check(dirtyring_connect(daemon.socket().c_str(), &v));
@@ -61,7 +61,7 @@ unsigned missing_of_512(Fault fault, Last last)
     };
     // The page is made at leisure, and nobody tells when.
     unsigned missing = 0;
-    for (unsigned round = 0; missing == 0 && round < (fault == Fault::none ? 5 : 100); ++round) {
+    for (unsigned round = 0; missing == 0 && round < (rule == Rule::none ? 5 : 100); ++round) {
         std::this_thread::sleep_for(50ms);
         drain();
         entries.clear();
@@ -86,29 +86,29 @@ unsigned missing_of_512(Fault fault, Last last)
 
 TEST(ServiceSurvival, TablesOfAGiBStayWhenTheLastIsMapped)
 {
-    EXPECT_EQ(missing_of_512(Fault::none, Last::mapped), 0u);
-    EXPECT_GT(missing_of_512(Fault::present_forgotten, Last::mapped), 0u);
+    EXPECT_EQ(missing_of_512(Rule::none, Last::mapped), 0u);
+    EXPECT_GT(missing_of_512(Rule::present_forgotten, Last::mapped), 0u);
 }
 
 TEST(ServiceSurvival, TablesOfAGiBStayWhenTheLastIsSplit)
 {
-    EXPECT_EQ(missing_of_512(Fault::none, Last::split), 0u);
+    EXPECT_EQ(missing_of_512(Rule::none, Last::split), 0u);
 }
 
 // ---- rings of an hwpt that is destroyed -----------------------------------------------------------------------------
 
 // A consumer of each ring sleeps; the worker dies within DESTROY, at the point. How many rings have no end, or a
 // consumer that nobody called.
-unsigned without_end_in(const std::string &died, Fault fault, const std::string &point)
+unsigned without_end_in(const std::string &died, Rule rule, const std::string &point)
 {
     constexpr std::uint32_t shards = 4;
     Supervised daemon(
         {},
         [&] {
-            break_rule(fault);
+            break_rule(rule);
             die_once_at(point, died);
         },
-        DIRTYRINGD_FAULTY_PATH);
+        DIRTYRINGD_BREAKABLE_PATH);
     dirtyring_vm *v = nullptr;
     check(dirtyring_connect(daemon.socket().c_str(), &v));
     const Library vm(v);
@@ -130,7 +130,7 @@ unsigned without_end_in(const std::string &died, Fault fault, const std::string 
     unsigned missing = 0;
     for (dirtyring_ring *ring : rings) {
         pollfd call{dirtyring_ring_fd(ring), POLLIN, 0};
-        const bool called = ::poll(&call, 1, fault == Fault::none ? 10'000 : 500) == 1;
+        const bool called = ::poll(&call, 1, rule == Rule::none ? 10'000 : 500) == 1;
         const std::uint64_t *entries = nullptr;
         const std::uint32_t n = dirtyring_ring_peek(ring, &entries);
         const auto ends =
@@ -141,11 +141,11 @@ unsigned without_end_in(const std::string &died, Fault fault, const std::string 
     return missing;
 }
 
-unsigned without_end(Fault fault, const std::string &point)
+unsigned without_end(Rule rule, const std::string &point)
 {
     const TemporaryDirectory directory;
     const std::string died = directory.path() + "/died";
-    const unsigned missing = without_end_in(died, fault, point);
+    const unsigned missing = without_end_in(died, rule, point);
     ::unlink(died.c_str());
     return missing;
 }
@@ -164,12 +164,12 @@ INSTANTIATE_TEST_SUITE_P(Points, ServiceDeathInDestroy,
 
 TEST_P(ServiceDeathInDestroy, RingsEndAndConsumersAreCalled)
 {
-    EXPECT_EQ(without_end(Fault::none, GetParam()), 0u);
+    EXPECT_EQ(without_end(Rule::none, GetParam()), 0u);
 }
 
 TEST(ServiceSurvival, RingsOfADestroyThatDiedStaySilentWithoutTheRule)
 {
-    EXPECT_GT(without_end(Fault::destroy_not_ended, "destroy_noted:1"), 0u);
+    EXPECT_GT(without_end(Rule::destroy_not_ended, "destroy_noted:1"), 0u);
 }
 
 // ---- a front-end that dies before its kick --------------------------------------------------------------------------
@@ -192,16 +192,16 @@ struct Leaver {
     void operator()(dirtyring_vm *vm) const { dirtyring_leave(vm); }
 };
 
-std::chrono::milliseconds patience_of(Fault fault)
+std::chrono::milliseconds patience_of(Rule rule)
 {
-    return fault == Fault::none ? 10s : 1s;
+    return rule == Rule::none ? 10s : 1s;
 }
 
 // It has stored the head of its submissions, and dies; its successor submits a command. True: that is completed.
-bool commands_of_a_successor_are_taken(Fault fault)
+bool commands_of_a_successor_are_taken(Rule rule)
 {
     Daemon daemon(
-        {}, [=] { break_rule(fault); }, DIRTYRINGD_FAULTY_PATH);
+        {}, [=] { break_rule(rule); }, DIRTYRINGD_BREAKABLE_PATH);
     TrackedGuest guest(daemon, lingering());
     // The service has fallen asleep and asked for a kick.
     EXPECT_TRUE(comes_true([&] {
@@ -220,20 +220,20 @@ bool commands_of_a_successor_are_taken(Fault fault)
             const std::uint32_t n = dirtyring_reap(vm.get(), completions, 8);
             return std::any_of(completions, completions + n, [](const auto &c) { return c.user_data == 77; });
         },
-        patience_of(fault));
+        patience_of(rule));
 }
 
 TEST(ServiceSurvival, CommandsOfASuccessorAreTaken)
 {
-    EXPECT_TRUE(commands_of_a_successor_are_taken(Fault::none));
-    EXPECT_FALSE(commands_of_a_successor_are_taken(Fault::takeover_wakes_nobody));
+    EXPECT_TRUE(commands_of_a_successor_are_taken(Rule::none));
+    EXPECT_FALSE(commands_of_a_successor_are_taken(Rule::takeover_wakes_nobody));
 }
 
 // It has released all of a ring that waits for that, and dies. True: what is written then is reported.
-bool dirt_of_a_successor_is_reported(Fault fault)
+bool dirt_of_a_successor_is_reported(Rule rule)
 {
     Daemon daemon(
-        {}, [=] { break_rule(fault); }, DIRTYRINGD_FAULTY_PATH);
+        {}, [=] { break_rule(rule); }, DIRTYRINGD_BREAKABLE_PATH);
     TrackedGuest guest(daemon, lingering());
     const RawRing ring = guest.ring(guest.hwpt);
     const Device device = guest.attach();
@@ -246,13 +246,13 @@ bool dirt_of_a_successor_is_reported(Fault fault)
     guest.close();
     const std::unique_ptr<dirtyring_vm, Leaver> vm(successor_of(daemon, guest));
     dma_write(device, page);
-    return comes_true([&] { return load(producer.head) > head; }, patience_of(fault));
+    return comes_true([&] { return load(producer.head) > head; }, patience_of(rule));
 }
 
 TEST(ServiceSurvival, DirtOfASuccessorIsReported)
 {
-    EXPECT_TRUE(dirt_of_a_successor_is_reported(Fault::none));
-    EXPECT_FALSE(dirt_of_a_successor_is_reported(Fault::takeover_wakes_nobody));
+    EXPECT_TRUE(dirt_of_a_successor_is_reported(Rule::none));
+    EXPECT_FALSE(dirt_of_a_successor_is_reported(Rule::takeover_wakes_nobody));
 }
 
 } // namespace

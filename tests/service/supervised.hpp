@@ -2,7 +2,7 @@
 #pragma once
 
 #include "client/migrate/newest_child.hpp"
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 #include "tests/service/service_peers.hpp"
 
 #include <csignal>
@@ -25,11 +25,11 @@ inline std::size_t count(const std::string &text, const std::string &word)
     return n;
 }
 
-// For the environment of a dirtyringd_faulty: the rule is broken; it dies at the point, once, and then that file is
+// For the environment of a dirtyringd_breakable: the rule is broken; it dies at the point, once, and then that file is
 // there.
-inline void break_rule(Fault fault)
+inline void break_rule(Rule rule)
 {
-    ::setenv("DIRTYRING_FAULT", std::to_string(static_cast<int>(fault)).c_str(), 1);
+    ::setenv("DIRTYRING_BREAK", std::to_string(static_cast<int>(rule)).c_str(), 1);
 }
 inline void die_once_at(const std::string &point, const std::string &file)
 {

@@ -154,7 +154,7 @@ TEST_F(Naps, AreNotForTheBusy)
 
 TEST_F(Naps, WouldLastForeverWithoutBells)
 {
-    const Breaking breaking(Fault::nap_ignores_bell);
+    const Breaking breaking(Rule::nap_ignores_bell);
     fall_asleep();
     ring();
     EXPECT_FALSE(woken_soon());

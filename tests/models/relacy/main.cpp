@@ -45,7 +45,7 @@ bool check(const Suite &suite, const Mutation *mutation, bool trace)
     const std::uint64_t iterations = suite.iterations * (std::getenv("DIRTYRING_FULL") != nullptr ? 10 : 1);
     weakenings = mutation != nullptr ? mutation->weakened : std::vector<Weakening>{};
     delay = mutation != nullptr ? mutation->delayed : std::nullopt;
-    active_fault.store(mutation != nullptr ? mutation->fault : Fault::none, std::memory_order_relaxed);
+    broken_rule.store(mutation != nullptr ? mutation->rule : Rule::none, std::memory_order_relaxed);
 
     const std::string name = std::string(suite.name) + (mutation != nullptr ? std::string(".") + mutation->name : "");
     const bool covered = mutation != nullptr && mutation->covered_by != nullptr;

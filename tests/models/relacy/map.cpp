@@ -95,12 +95,12 @@ Suite table()
             5,
             simulate<Table>,
             {
-                {"link_relaxed", "S6", Fault::none, {{link, rmw, relaxed, seq_cst, "replace_leaf"}}},
+                {"link_relaxed", "S6", Rule::none, {{link, rmw, relaxed, seq_cst, "replace_leaf"}}},
                 {"walk_relaxed",
                  "S6",
-                 Fault::none,
+                 Rule::none,
                  {{link, load, relaxed}, {link, rmw, relaxed, seq_cst, "set_accessed_table"}}},
-                {"leaf_relaxed", "S6", Fault::none, {{leaf, store, relaxed, seq_cst, "map_leaf"}}, {}, "the link"},
+                {"leaf_relaxed", "S6", Rule::none, {{leaf, store, relaxed, seq_cst, "map_leaf"}}, {}, "the link"},
             }};
 }
 
@@ -117,14 +117,14 @@ Suite tracking()
         4,
         simulate<Tracking>,
         {
-            {"no_advance", "S7", Fault::enable_without_advance},
-            {"armed_after_advance", "S7", Fault::none, {}, Delay{tracking, generation}},
-            {"advance_relaxed", "S7", Fault::none, {{generation, rmw, relaxed}}},
-            {"generation_relaxed", "S7", Fault::none, {{generation, load, relaxed}}},
-            {"armed_relaxed", "S7", Fault::none, {{tracking, store, relaxed}}, {}, "the advance behind it, a release"},
+            {"no_advance", "S7", Rule::enable_without_advance},
+            {"armed_after_advance", "S7", Rule::none, {}, Delay{tracking, generation}},
+            {"advance_relaxed", "S7", Rule::none, {{generation, rmw, relaxed}}},
+            {"generation_relaxed", "S7", Rule::none, {{generation, load, relaxed}}},
+            {"armed_relaxed", "S7", Rule::none, {{tracking, store, relaxed}}, {}, "the advance behind it, a release"},
             {"armed_read_relaxed",
              "S7",
-             Fault::none,
+             Rule::none,
              {{tracking, load, relaxed}},
              {},
              "the generation before it, an acquire"},

@@ -219,17 +219,17 @@ Suite pin_unmap()
             3,
             simulate<PinUnmap>,
             {
-                {"pin_after_look", "P1", Fault::pin_after_look},
-                {"unmap_ignores_pins", "P1", Fault::unmap_ignores_pins},
-                {"taken_release", "P1", Fault::none, {{slot, store, release, seq_cst, "take"}}},
-                {"pinned_release", "P1", Fault::none, {{pinned, store, release, seq_cst, "take"}}},
-                {"closed_acquire", "P1", Fault::none, {{closing, load, acquire, seq_cst, "load_sc"}}},
-                {"close_release", "P1", Fault::none, {{closing, store, release, seq_cst, "change"}}},
-                {"sampled_acquire", "P1", Fault::none, {{slot, load, acquire, seq_cst, "if_held"}}},
-                {"pinned_acquire", "P1", Fault::none, {{pinned, load, acquire, seq_cst, "passed"}}},
-                {"give_back_relaxed", "P2", Fault::none, {{slot, store, relaxed, seq_cst, "give_back"}}, {}, carried},
-                {"less_relaxed", "P2", Fault::none, {{pinned, store, relaxed, release, "give_back"}}, {}, carried},
-                {"waited_relaxed", "P2", Fault::none, {{slot, load, relaxed, seq_cst, "passed"}}, {}, carried},
+                {"pin_after_look", "P1", Rule::pin_after_look},
+                {"unmap_ignores_pins", "P1", Rule::unmap_ignores_pins},
+                {"taken_release", "P1", Rule::none, {{slot, store, release, seq_cst, "take"}}},
+                {"pinned_release", "P1", Rule::none, {{pinned, store, release, seq_cst, "take"}}},
+                {"closed_acquire", "P1", Rule::none, {{closing, load, acquire, seq_cst, "load_sc"}}},
+                {"close_release", "P1", Rule::none, {{closing, store, release, seq_cst, "change"}}},
+                {"sampled_acquire", "P1", Rule::none, {{slot, load, acquire, seq_cst, "if_held"}}},
+                {"pinned_acquire", "P1", Rule::none, {{pinned, load, acquire, seq_cst, "passed"}}},
+                {"give_back_relaxed", "P2", Rule::none, {{slot, store, relaxed, seq_cst, "give_back"}}, {}, carried},
+                {"less_relaxed", "P2", Rule::none, {{pinned, store, relaxed, release, "give_back"}}, {}, carried},
+                {"waited_relaxed", "P2", Rule::none, {{slot, load, relaxed, seq_cst, "passed"}}, {}, carried},
             }};
 }
 
@@ -244,11 +244,11 @@ Suite pin_sync()
             2,
             simulate<PinSync>,
             {
-                {"sync_ignores_pins", "P2", Fault::sync_ignores_pins},
-                {"no_grace_after_pins", "P2", Fault::no_grace_after_pins},
-                {"mark_before_data", "P2", Fault::mark_before_data},
-                {"give_back_relaxed", "P2", Fault::none, {{slot, store, relaxed, seq_cst, "give_back"}}, {}, carried},
-                {"waited_relaxed", "P2", Fault::none, {{slot, load, relaxed, seq_cst, "passed"}}, {}, carried},
+                {"sync_ignores_pins", "P2", Rule::sync_ignores_pins},
+                {"no_grace_after_pins", "P2", Rule::no_grace_after_pins},
+                {"mark_before_data", "P2", Rule::mark_before_data},
+                {"give_back_relaxed", "P2", Rule::none, {{slot, store, relaxed, seq_cst, "give_back"}}, {}, carried},
+                {"waited_relaxed", "P2", Rule::none, {{slot, load, relaxed, seq_cst, "passed"}}, {}, carried},
             }};
 }
 
@@ -269,10 +269,10 @@ Suite slot()
             6,
             simulate<Slot>,
             {
-                {"taken_relaxed", "P4", Fault::none, {{&pin.count, store, relaxed, seq_cst, "take"}}},
-                {"range_relaxed", "P4", Fault::none, range_relaxed, {}, "seq_cst of the count"},
-                {"again_acquire", "P4", Fault::none, {again_acquire}, {}, "acquire of the range"},
-                {"both", "P4", Fault::none, both},
+                {"taken_relaxed", "P4", Rule::none, {{&pin.count, store, relaxed, seq_cst, "take"}}},
+                {"range_relaxed", "P4", Rule::none, range_relaxed, {}, "seq_cst of the count"},
+                {"again_acquire", "P4", Rule::none, {again_acquire}, {}, "acquire of the range"},
+                {"both", "P4", Rule::none, both},
             }};
 }
 
@@ -298,11 +298,11 @@ Suite closing()
             3,
             simulate<Closing>,
             {
-                {"change_relaxed", "P1", Fault::none, {{&control.closing, store, relaxed, seq_cst, "change"}}},
-                {"version_relaxed", "P1", Fault::none, {{&control.closing, load, relaxed, seq_cst, "load_sc"}}},
-                {"ranges_relaxed", "P1", Fault::none, ranges_relaxed, {}, "seq_cst of closing"},
-                {"version_acquire", "P1", Fault::none, {version_acquire}, {}, "acquire of the ranges"},
-                {"both", "P1", Fault::none, both},
+                {"change_relaxed", "P1", Rule::none, {{&control.closing, store, relaxed, seq_cst, "change"}}},
+                {"version_relaxed", "P1", Rule::none, {{&control.closing, load, relaxed, seq_cst, "load_sc"}}},
+                {"ranges_relaxed", "P1", Rule::none, ranges_relaxed, {}, "seq_cst of closing"},
+                {"version_acquire", "P1", Rule::none, {version_acquire}, {}, "acquire of the ranges"},
+                {"both", "P1", Rule::none, both},
             }};
 }
 

@@ -134,10 +134,10 @@ Suite ring()
             3,
             simulate<Ring>,
             {
-                {"head_relaxed", "R3", Fault::none, {{head, store, relaxed}}},
-                {"peek_relaxed", "R3", Fault::none, {{head, load, relaxed, acquire}}},
-                {"tail_relaxed", "R1", Fault::none, {{tail, store, relaxed}}},
-                {"room_relaxed", "R1", Fault::none, {{tail, load, relaxed}}},
+                {"head_relaxed", "R3", Rule::none, {{head, store, relaxed}}},
+                {"peek_relaxed", "R3", Rule::none, {{head, load, relaxed, acquire}}},
+                {"tail_relaxed", "R1", Rule::none, {{tail, store, relaxed}}},
+                {"room_relaxed", "R1", Rule::none, {{tail, load, relaxed}}},
             }};
 }
 
@@ -152,8 +152,8 @@ Suite header()
             3,
             simulate<Header>,
             {
-                {"version_relaxed", "R6", Fault::none, {{version, store, relaxed, release}}},
-                {"check_relaxed", "R6", Fault::none, {{version, load, relaxed, acquire}}},
+                {"version_relaxed", "R6", Rule::none, {{version, store, relaxed, release}}},
+                {"check_relaxed", "R6", Rule::none, {{version, load, relaxed, acquire}}},
             }};
 }
 

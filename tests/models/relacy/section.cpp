@@ -137,25 +137,25 @@ Suite section()
             2,
             simulate<Section>,
             {
-                {"leave_relaxed", "S1", Fault::leave_relaxed},
-                {"pass_relaxed", "S1", Fault::none, {{cell, load, relaxed, acquire}}},
-                {"no_grace", "S1", Fault::no_grace},
-                {"publish_relaxed", "S2", Fault::none, {{head, store, relaxed}}},
-                {"peek_relaxed", "S2", Fault::none, {{head, load, relaxed, acquire}}},
-                {"publish_before_advance", "S2", Fault::publish_before_advance},
-                {"enter_release", "S3", Fault::section_without_order},
-                {"generation_acquire", "S3", Fault::none, {{generation, load, acquire}}},
-                {"advance_acq_rel", "S3", Fault::none, {{generation, rmw, acq_rel}}},
-                {"advance_plain", "S3", Fault::advance_plain},
-                {"sample_acquire", "S3", Fault::none, {{cell, load, acquire}}},
-                {"clear_after_sample", "S3", Fault::none, {}, Delay{&memory.leaf(0), cell}},
-                {"sample_before_advance", "S3", Fault::sample_before_advance},
+                {"leave_relaxed", "S1", Rule::leave_relaxed},
+                {"pass_relaxed", "S1", Rule::none, {{cell, load, relaxed, acquire}}},
+                {"no_grace", "S1", Rule::no_grace},
+                {"publish_relaxed", "S2", Rule::none, {{head, store, relaxed}}},
+                {"peek_relaxed", "S2", Rule::none, {{head, load, relaxed, acquire}}},
+                {"publish_before_advance", "S2", Rule::publish_before_advance},
+                {"enter_release", "S3", Rule::section_without_order},
+                {"generation_acquire", "S3", Rule::none, {{generation, load, acquire}}},
+                {"advance_acq_rel", "S3", Rule::none, {{generation, rmw, acq_rel}}},
+                {"advance_plain", "S3", Rule::advance_plain},
+                {"sample_acquire", "S3", Rule::none, {{cell, load, acquire}}},
+                {"clear_after_sample", "S3", Rule::none, {}, Delay{&memory.leaf(0), cell}},
+                {"sample_before_advance", "S3", Rule::sample_before_advance},
             }};
 }
 
 Suite tag()
 {
-    return {"tag", "S3", 100000, 1, simulate<Tag>, {{"after_walk", "S3", Fault::tag_after_walk}}};
+    return {"tag", "S3", 100000, 1, simulate<Tag>, {{"after_walk", "S3", Rule::tag_after_walk}}};
 }
 
 Suite leaving()
@@ -168,8 +168,8 @@ Suite leaving()
             2,
             simulate<Leaving>,
             {
-                {"told_relaxed", "S1", Fault::none, {{&Leaving::left, store, relaxed, release}}},
-                {"heard_relaxed", "S1", Fault::none, {{&Leaving::left, load, relaxed, acquire}}},
+                {"told_relaxed", "S1", Rule::none, {{&Leaving::left, store, relaxed, release}}},
+                {"heard_relaxed", "S1", Rule::none, {{&Leaving::left, load, relaxed, acquire}}},
             }};
 }
 

@@ -178,12 +178,12 @@ Suite doorbell()
             6,
             simulate<Doorbell>,
             {
-                {"no_doorbell", "S5", Fault::no_doorbell},
-                {"no_second_look", "S5", Fault::no_second_look},
-                {"asleep_release", "S5", Fault::none, {{asleep, store, release}}},
-                {"asleep_acquire", "S5", Fault::none, {{asleep, load, acquire}}},
-                {"table_set_acq_rel", "S5", Fault::none, {{table, rmw, acq_rel, seq_cst, "test_and_set"}}},
-                {"second_look_acquire", "S5", Fault::none, {{table, load, acquire, seq_cst, "table_bits"}}},
+                {"no_doorbell", "S5", Rule::no_doorbell},
+                {"no_second_look", "S5", Rule::no_second_look},
+                {"asleep_release", "S5", Rule::none, {{asleep, store, release}}},
+                {"asleep_acquire", "S5", Rule::none, {{asleep, load, acquire}}},
+                {"table_set_acq_rel", "S5", Rule::none, {{table, rmw, acq_rel, seq_cst, "test_and_set"}}},
+                {"second_look_acquire", "S5", Rule::none, {{table, load, acquire, seq_cst, "table_bits"}}},
             }};
 }
 
@@ -199,11 +199,11 @@ Suite pin_bell()
             8,
             simulate<PinBell>,
             {
-                {"no_pin_bell", "P3", Fault::no_pin_bell},
-                {"no_second_look", "P3", Fault::no_second_look},
-                {"asleep_release", "P3", Fault::none, {{asleep, store, release}}},
-                {"asleep_acquire", "P3", Fault::none, {{asleep, load, acquire}}},
-                {"give_back_release", "P3", Fault::none, {{slot, store, release, seq_cst, "give_back"}}},
+                {"no_pin_bell", "P3", Rule::no_pin_bell},
+                {"no_second_look", "P3", Rule::no_second_look},
+                {"asleep_release", "P3", Rule::none, {{asleep, store, release}}},
+                {"asleep_acquire", "P3", Rule::none, {{asleep, load, acquire}}},
+                {"give_back_release", "P3", Rule::none, {{slot, store, release, seq_cst, "give_back"}}},
             }};
 }
 
@@ -219,12 +219,12 @@ Suite kick()
             10,
             simulate<Kick>,
             {
-                {"no_want_kick", "R5", Fault::no_want_kick},
-                {"no_second_look", "R5", Fault::no_second_look},
-                {"want_kick_release", "R5", Fault::none, {{want_kick, store, release}}},
-                {"want_kick_acquire", "R5", Fault::none, {{want_kick, load, acquire}}},
-                {"tail_release", "R5", Fault::none, {{tail, store, release}}},
-                {"tail_acquire", "R5", Fault::none, {{tail, load, acquire}}},
+                {"no_want_kick", "R5", Rule::no_want_kick},
+                {"no_second_look", "R5", Rule::no_second_look},
+                {"want_kick_release", "R5", Rule::none, {{want_kick, store, release}}},
+                {"want_kick_acquire", "R5", Rule::none, {{want_kick, load, acquire}}},
+                {"tail_release", "R5", Rule::none, {{tail, store, release}}},
+                {"tail_acquire", "R5", Rule::none, {{tail, load, acquire}}},
             }};
 }
 
@@ -240,11 +240,11 @@ Suite call()
             8,
             simulate<Call>,
             {
-                {"arm_without_look", "R4", Fault::arm_without_look},
-                {"armed_release", "R4", Fault::none, {{armed, store, release}}},
-                {"armed_acquire", "R4", Fault::none, {{armed, load, acquire}}},
-                {"head_release", "R4", Fault::none, {{head, store, release}}},
-                {"head_acquire", "R4", Fault::none, {{head, load, acquire, seq_cst, "arm"}}},
+                {"arm_without_look", "R4", Rule::arm_without_look},
+                {"armed_release", "R4", Rule::none, {{armed, store, release}}},
+                {"armed_acquire", "R4", Rule::none, {{armed, load, acquire}}},
+                {"head_release", "R4", Rule::none, {{head, store, release}}},
+                {"head_acquire", "R4", Rule::none, {{head, load, acquire, seq_cst, "arm"}}},
             }};
 }
 

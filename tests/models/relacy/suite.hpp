@@ -3,7 +3,7 @@
 
 #include "tests/models/relacy/shim.hpp"
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 
 #include <cstdint>
 #include <vector>
@@ -13,7 +13,7 @@ namespace dirtyring::model {
 struct Mutation {
     const char *name;
     const char *edge;
-    Fault fault = Fault::none;
+    Rule rule = Rule::none;
     std::vector<Weakening> weakened{};
     std::optional<Delay> delayed{};
     const char *covered_by = nullptr; // why Relacy finds nothing, where it must not; else it must refute

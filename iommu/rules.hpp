@@ -1,8 +1,8 @@
 // Negative controls: each rule that keeps a dirty page from being lost can be broken on purpose, in test binaries only
-// (DIRTYRING_FAULTS). tests/README.md names the test that goes red for each.
+// (DIRTYRING_BREAKABLE). tests/README.md names the test that goes red for each.
 #pragma once
 
-#if DIRTYRING_FAULTS
+#if DIRTYRING_BREAKABLE
 #include <atomic>
 #include <functional>
 #endif
@@ -85,7 +85,7 @@ namespace dirtyring {
     X(destroy_not_ended) /* the rings of an hwpt whose DESTROY had begun are not ended */
 // clang-format on
 
-enum class Fault {
+enum class Rule {
     none,
 #define X(name) name,
     DIRTYRING_RULES(X)
@@ -151,12 +151,12 @@ enum class Point {
 #undef X
 };
 
-#if DIRTYRING_FAULTS
+#if DIRTYRING_BREAKABLE
 
-inline std::atomic<Fault> active_fault{Fault::none};
-inline bool fault(Fault f)
+inline std::atomic<Rule> broken_rule{Rule::none};
+inline bool broken(Rule rule)
 {
-    return active_fault.load(std::memory_order_relaxed) == f;
+    return broken_rule.load(std::memory_order_relaxed) == rule;
 }
 
 inline std::function<void(Point)> at_point;
@@ -168,7 +168,7 @@ inline void point(Point p)
 
 #else
 
-constexpr bool fault(Fault)
+constexpr bool broken(Rule)
 {
     return false;
 }

@@ -1,18 +1,18 @@
-// The rules that can be broken (iommu/fault.hpp), by name.
+// The rules that can be broken (iommu/rules.hpp), by name.
 #pragma once
 
-#include "iommu/fault.hpp"
+#include "iommu/rules.hpp"
 
 #include <optional>
 #include <string>
 
 namespace dirtyring::search {
 
-inline std::optional<Fault> fault_of(const std::string &name)
+inline std::optional<Rule> rule_of(const std::string &name)
 {
 #define X(rule)        \
     if (name == #rule) \
-        return Fault::rule;
+        return Rule::rule;
     DIRTYRING_RULES(X)
 #undef X
     return std::nullopt;
