@@ -14,6 +14,8 @@
 #include <optional>
 #include <string>
 #include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <thread>
 #include <unistd.h>
@@ -38,7 +40,7 @@ class Service
             ::_exit(EXIT_FAILURE);
         }
         const std::uint64_t deadline = now_ns() + 10'000'000'000;
-        while (!std::filesystem::exists(socket())) {
+        while (!is_listening()) {
             if (now_ns() > deadline || ::waitpid(pid_, nullptr, WNOHANG) != 0)
                 throw Failure("dirtyringd does not start");
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -56,6 +58,16 @@ class Service
     [[nodiscard]] pid_t pid() const { return pid_; }
 
   private:
+    // Its file is there a moment before that.
+    [[nodiscard]] bool is_listening() const
+    {
+        sockaddr_un address{};
+        address.sun_family = AF_UNIX;
+        socket().copy(address.sun_path, sizeof address.sun_path - 1);
+        const ring::Fd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        return ::connect(probe.get(), reinterpret_cast<const sockaddr *>(&address), sizeof address) == 0;
+    }
+
     migrate::TemporaryDirectory directory_;
     pid_t pid_ = 0;
 };
