@@ -195,8 +195,8 @@ void Service::step_home()
         life_->inboxes[0].drain();
         if (!life_->home_begun) {
             life_->commands->restored();
-            world_.met(Event::home_returns);
             life_->home_begun = true; // only now peers are served
+            world_.met(Event::home_returns);
         } else if (wake_home()) {
             static_cast<void>(life_->commands->step(world_.now));
         }
