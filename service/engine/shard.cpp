@@ -119,7 +119,7 @@ template <iommu::Format F> class ShardOf final : public Shard
             rest.until_ns = now_ + recheck_ns;
             return rest;
         }
-        rest.busy = restored_ || op_can_go() || sizes_.owes_work();
+        rest.busy = restored_ || !owed_.empty() || op_can_go() || sizes_.owes_work();
         if (!rest.busy && waits_for_pins()) {
             fall_asleep(DR_ASLEEP_PINS);                                                 // P3
             rest.busy = !broken(Rule::no_second_look) && (op_can_go() || sync_can_go()); // P3: look again

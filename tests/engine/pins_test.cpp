@@ -325,6 +325,25 @@ TEST_F(Pinning, AnotherDevicesDeathDisturbsNoWait)
     expect_nothing_lost();
 }
 
+// A walker does not sleep before a full ring as long as there are leaves to mark: the device's cells and slots are held
+// until then, and its consumer may never release.
+TEST(PinsOfADeadDevice, AreMarkedBeforeAFullRing)
+{
+    Rig rig({.leaf_lg2_max = 12, .capacity = 8});
+    ASSERT_EQ(rig.map(0, MiB, 0), 0);
+    ASSERT_EQ(rig.enable(), 0);
+    const Pin pin = rig.pin(0, 0, 5 * page_size);
+    ASSERT_EQ(pin.error, 0);
+    for (unsigned i = 0; i < 32; ++i)
+        rig.write(1, (16 + 2 * i) * page_size, page_size);
+    rig.settle();
+    ASSERT_FALSE(rig.shard().prepare_sleep(rig.now).busy) << "the ring is full";
+    rig.shard().wake();
+    rig.bury(0);
+    EXPECT_TRUE(rig.shard().prepare_sleep(rig.now).busy);
+    rig.shard().wake();
+}
+
 // Slots are hostile memory: whatever stands there, the device's own guest waits or has more reported, and that is all.
 TEST_F(Pinning, NonsenseInSlots)
 {
