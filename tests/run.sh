@@ -45,8 +45,7 @@ git ls-files -z -co --exclude-standard '*.h' '*.hpp' '*.c' '*.cpp' | xargs -0 cl
 
 # Tests within one process run under the sanitizers, those with one thread not under TSan. With --full all of them run
 # everywhere; under TSan those with one thread do so at their usual length, as its shadow of memory that comes and goes
-# only grows. TSan is gcc's and AddressSanitizer clang's: of the tests that they run, the other presets build what that
-# leaves to one compiler.
+# only grows. TSan is gcc's and AddressSanitizer clang's; gcc's opinion of tests with one thread is asked with --full.
 others=(--target others)
 not_others=(--label-exclude '^inprocess$' --exclude-regex _NOT_BUILT)
 inprocess=(--target inprocess)
@@ -59,7 +58,7 @@ if [ -n "$part" ]; then
     exit
 fi
 
-build dev "${others[@]}" ${others:+inprocess_one_thread}
+build dev "${others[@]}"
 build clang "${others[@]}"
 
 # TSan of gcc 12 does not start where the kernel randomises more than 28 bits of addresses.
