@@ -472,7 +472,7 @@ TEST_P(NegativeControl, RedWhenBroken)
     EXPECT_TRUE(GetParam().scenario().bad()) << "neither a page lost nor a hang";
 }
 
-INSTANTIATE_TEST_SUITE_P(Faults, NegativeControl, testing::ValuesIn(controls()),
+INSTANTIATE_TEST_SUITE_P(Rules, NegativeControl, testing::ValuesIn(controls()),
                          [](const auto &info) { return std::string(info.param.name); });
 
 class LeaveRelaxed : public testing::Test

@@ -226,7 +226,7 @@ TEST_P(Races, RedWhenBroken)
     EXPECT_GT(std::make_unique<Race>(GetParam().meeting)->run(2'000'000, std::chrono::seconds(60)), 0u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Faults, Races, testing::ValuesIn(controls),
+INSTANTIATE_TEST_SUITE_P(Rules, Races, testing::ValuesIn(controls),
                          [](const auto &info) { return std::string(info.param.name); });
 
 } // namespace

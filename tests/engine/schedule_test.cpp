@@ -519,7 +519,7 @@ TEST_P(BrokenSchedules, LoseSomething)
     FAIL() << "nothing found";
 }
 
-INSTANTIATE_TEST_SUITE_P(Faults, BrokenSchedules,
+INSTANTIATE_TEST_SUITE_P(Rules, BrokenSchedules,
                          testing::Values(Broken{"tag_after_walk", Rule::tag_after_walk},
                                          Broken{"iotlb_across_regions", Rule::iotlb_across_regions},
                                          Broken{"summary_without_order", Rule::summary_without_order},
