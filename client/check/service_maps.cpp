@@ -21,7 +21,7 @@ std::optional<std::size_t> position(const Entries &entries, std::uint64_t entry)
     return static_cast<std::size_t>(at - entries.begin());
 }
 
-FaultReason rule_of(Device &device, std::uint64_t p)
+FaultReason fault_of(Device &device, std::uint64_t p)
 {
     device.enter();
     const FaultReason reason = device.write_inside(p);
@@ -34,7 +34,7 @@ void translations(Context &c)
     TrackedGuest guest(c);
     Device device(c, guest);
     const auto expect = [&](FaultReason wanted, const char *what) {
-        const FaultReason got = rule_of(device, 3 * all);
+        const FaultReason got = fault_of(device, 3 * all);
         c.expect(got == wanted, "M-11", what, fmt::format("fault {}", static_cast<unsigned>(got)),
                  fmt::format("fault {}", static_cast<unsigned>(wanted)));
     };

@@ -117,9 +117,10 @@ void print_summary(const Shared &shared, const Judgement &judgement)
                              bytes(static_cast<double>(load(c.bytes_sent)) / seconds)));
     line("written", fmt::format("{} pages", count(judgement.journal.written)));
     if (o.tracking)
-        line("reported", fmt::format("{} pages in {} runs, {} while devices were writing; {} pages not written since",
-                                     count(load(c.pages_reported)), count(load(c.runs_published)),
-                                     count(load(c.runs_while_writing)), count(load(c.over_reported))));
+        line("reported",
+             fmt::format("{} pages in {} runs, {} while devices were writing; {} not written since the last report",
+                         count(load(c.pages_reported)), count(load(c.runs_published)),
+                         count(load(c.runs_while_writing)), count(load(c.over_reported))));
     else
         line("reported", "everything, without tracking");
     if (o.kill_service_ms != 0)
